@@ -1,0 +1,75 @@
+# make demo    build everything into .venv and run a fork-join on the default model
+# make test    the same, with the test dependencies; then lint and the whole test suite
+# make lint    ruff and mypy
+# make bench   time to first token, cache against text, and peak memory (bench/ttft.py)
+# make clean   remove .venv and build
+#
+# The first build compiles llama-cpp-python (three to ten minutes); its wheel is kept in WHEELS for the next clone.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+# the pinned version, from the one place that names it
+LLAMA := $(shell sed -n 's/^  "llama-cpp-python==\([0-9.]*\)",$$/\1/p' pyproject.toml)
+
+# GCC 12 drops half of the configuration that llama.cpp loads into the AMX tile unit (its _tile_loadconfig is said to
+# read 8 of the 64 bytes), and on a CPU with AMX the first prefill dies of SIGILL. Leave AMX out wherever the compiler
+# knows it; the other kernels are used instead.
+NO_AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
+AMX    := $(shell echo | $(CC) $(NO_AMX) -E - >/dev/null 2>&1 && echo "$(NO_AMX)")
+
+# for a GPU: make demo CMAKE_ARGS=-DGGML_CUDA=on
+CMAKE_ARGS ?=
+BUILD := CFLAGS="$(CFLAGS) $(AMX)" CXXFLAGS="$(CXXFLAGS) $(AMX)" CMAKE_ARGS="-DLLAVA_BUILD=OFF $(CMAKE_ARGS)"
+
+# One folder for each way of building it: pip's own cache of built wheels does not know the flags of a wheel, and
+# llama.cpp compiles for the very CPU it is built on.
+KEY    := $(shell (grep -m1 ^flags /proc/cpuinfo; uname -sm; $(CC) --version; echo '$(BUILD)') 2>/dev/null | cksum | cut -d' ' -f1)
+WHEELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/pyps/wheels/$(LLAMA)-$(KEY)
+
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_FIND_LINKS="$(WHEELS) $(PIP_FIND_LINKS)" $(BIN)/python -m pip
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed
+	$(BIN)/pyps run "Which database should a small desktop app use?" \
+	  --branch "Argue for SQLite." --branch "Argue for PostgreSQL." --branch "Argue for DuckDB." \
+	  --compare --seed 2
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed-test
+	$(BIN)/python bench/ttft.py
+
+clean:
+	rm -rf $(VENV) build
+
+$(VENV)/pip:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	touch $@
+
+$(WHEELS)/built: | $(VENV)/pip
+	@echo "Building llama-cpp-python $(LLAMA): three to ten minutes, once for this machine"
+	mkdir -p $(WHEELS)
+	$(BUILD) $(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --no-cache-dir \
+	  --no-binary llama-cpp-python --wheel-dir $(WHEELS)/new llama-cpp-python==$(LLAMA)
+	mv $(WHEELS)/new/*.whl $(WHEELS)/
+	rmdir $(WHEELS)/new
+	touch $@
+
+$(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard native/*) | $(WHEELS)/built
+	$(PIP) install --quiet --editable .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(PIP) install --quiet --editable ".[test]"
+	touch $@

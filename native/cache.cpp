@@ -1,0 +1,296 @@
+#include "cache.h"
+
+// llama.cpp's internals, at the version CMakeLists.txt pins
+#include "llama-batch.h"
+#include "llama-context.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include "ggml-cpp.h"
+
+#include <algorithm>
+#include <set>
+
+namespace pyps {
+
+struct Reservation::Impl {
+    // ubatch_reserve hands out pointers into the ubatch's own shared data; the sequence id it points to is ours
+    llama_seq_id              seq;
+    llama_ubatch              ubatch;
+    llama_kv_cache::slot_info slot;
+};
+
+struct Cache::Impl {
+    llama_context *  ctx;
+    llama_kv_cache * kv;
+    ggml_context_ptr views;  // holds the view through which V's storage is found
+};
+
+namespace {
+
+// Architectures with a plain cache whose every layer is known to be encoded by the RoPE that llama_hparams describes,
+// or by none at all. llama_hparams::has_rope() cannot be trusted for this: it says true for SmolLM3's NoPE layers.
+// An architecture that is not here is refused: a wrong rotation gives fluent, wrong answers.
+enum class Positions { unknown, rope, nope_every_4th };
+
+Positions positions_of(llm_arch arch) {
+    switch (arch) {
+        case LLM_ARCH_LLAMA:
+        case LLM_ARCH_MISTRAL3:
+        case LLM_ARCH_QWEN2:
+        case LLM_ARCH_QWEN2MOE:
+        case LLM_ARCH_QWEN3:
+        case LLM_ARCH_QWEN3MOE:
+        case LLM_ARCH_GLM4:
+        case LLM_ARCH_GLM4_MOE:
+        case LLM_ARCH_PHI3:
+        case LLM_ARCH_GRANITE:
+            return Positions::rope;
+        case LLM_ARCH_SMOLLM3:
+            return Positions::nope_every_4th;
+        default:
+            return Positions::unknown;
+    }
+}
+
+std::string why_not(const llama_model & model) {
+    const auto & hp = model.hparams;
+    if (llm_arch_is_recurrent(model.arch)) {
+        return "it keeps a recurrent state, which cannot be split into spans";
+    }
+    if (llm_arch_is_hybrid(model.arch)) {
+        return "part of its memory is a recurrent state, which cannot be split into spans";
+    }
+    if (llama_model_has_encoder(&model)) {
+        return "it is an encoder-decoder model";
+    }
+    if (hp.is_mla()) {
+        return "it uses multi-head latent attention (MLA), whose V is part of K";
+    }
+    if (hp.rope_type == LLAMA_ROPE_TYPE_MROPE || hp.rope_type == LLAMA_ROPE_TYPE_IMROPE || hp.n_pos_per_embd() > 1) {
+        return "it uses multi-dimensional positions (M-RoPE)";
+    }
+    if (hp.rope_type == LLAMA_ROPE_TYPE_NONE) {
+        return "its positions are not rotary (RoPE), so keys cannot be moved";
+    }
+    if (hp.swa_type != LLAMA_SWA_TYPE_NONE) {
+        return "it uses sliding-window attention, which pyps cannot join yet";
+    }
+    if (positions_of(model.arch) == Positions::unknown) {
+        return "pyps does not know how this architecture encodes positions in every layer";
+    }
+    return "";
+}
+
+[[noreturn]] void refuse(const llama_model & model, const std::string & reason) {
+    throw Refusal("caches of '" + model.arch_name() + "' models cannot be joined: " + reason);
+}
+
+}  // namespace
+
+std::string why_not_joinable(const llama_model * model) {
+    const std::string reason = why_not(*model);
+    return reason.empty() ? "" : "caches of '" + model->arch_name() + "' models cannot be joined: " + reason;
+}
+
+Cache::Cache(llama_context * ctx) : impl_(std::make_unique<Impl>()) {
+    const llama_model & model = ctx->get_model();
+    if (const auto reason = why_not(model); !reason.empty()) {
+        refuse(model, reason);
+    }
+    auto * kv = dynamic_cast<llama_kv_cache *>(ctx->get_memory());
+    if (!kv) {
+        refuse(model, "this context has no plain KV cache");
+    }
+    impl_->ctx = ctx;
+    impl_->kv  = kv;
+
+    const auto ids = kv->get_layer_ids();
+    impl_->views.reset(ggml_init({ ids.size() * ggml_tensor_overhead(), nullptr, /*no_alloc*/ true }));
+    if (!impl_->views) {
+        throw std::bad_alloc();
+    }
+
+    // the whole cache, every stream: get_v() then returns a view whose view_src is V's storage
+    llama_kv_cache::slot_info all;
+    all.s0 = 0;
+    all.s1 = kv->get_n_stream() - 1;
+
+    const auto & hp = model.hparams;
+    const auto & cp = ctx->get_cparams();
+    for (const uint32_t il : ids) {
+        Layer         l;
+        ggml_tensor * v = kv->get_v(impl_->views.get(), il, kv->get_size(), all);
+        // the setting for flash attention does not tell: the layout is fixed before "auto" is resolved
+        v_transposed_   = v->nb[1] > v->nb[2];
+        l.index         = il;
+        l.k             = kv->get_k_storage(il);
+        l.v             = v->view_src;
+        l.head_dim      = hp.n_embd_head_k(il);
+        l.n_embd_k      = hp.n_embd_k_gqa(il);
+        l.n_embd_v      = hp.n_embd_v_gqa(il);
+        if (ggml_is_quantized(l.k->type) || ggml_is_quantized(l.v->type)) {
+            refuse(model, std::string("its KV cache is quantised (") + ggml_type_name(l.k->type) +
+                              "), which pyps cannot join yet: use f16, bf16 or f32");
+        }
+        l.rotates = positions_of(model.arch) != Positions::nope_every_4th || (il + 1) % 4 != 0;
+        l.rope    = { (int) hp.n_rot(il),
+                      (int) hp.rope_type,
+                      (int) cp.n_ctx_orig_yarn,
+                      model.get_rope_freq_base(cp, il),
+                      model.get_rope_freq_scale(cp, il),
+                      cp.yarn_ext_factor,
+                      cp.yarn_beta_fast,
+                      cp.yarn_beta_slow,
+                      model.get_rope_factors(cp, il) };
+        layers_.push_back(l);
+    }
+    if (layers_.empty()) {
+        refuse(model, "it has no attention layers");
+    }
+}
+
+Cache::~Cache() = default;
+
+const void * Cache::model() const {
+    return &impl_->ctx->get_model();
+}
+
+ggml_backend_sched_t Cache::sched() const {
+    return impl_->ctx->get_sched();
+}
+
+int Cache::n_threads() const {
+    return impl_->ctx->n_threads_batch();
+}
+
+uint32_t Cache::n_cells() const {
+    return impl_->kv->get_size();
+}
+
+uint32_t Cache::n_seq_max() const {
+    return impl_->ctx->n_seq_max();
+}
+
+void Cache::settle() {
+    impl_->ctx->memory_update(false);
+    impl_->ctx->synchronize();
+}
+
+void Cache::check_seq(llama_seq_id seq) const {
+    if (seq < 0 || (uint32_t) seq >= n_seq_max()) {
+        throw InputError("sequence " + std::to_string(seq) + " does not exist: this context has sequences 0 to " +
+                         std::to_string(n_seq_max() - 1));
+    }
+}
+
+std::vector<Cell> Cache::all_cells(llama_seq_id seq) const {
+    check_seq(seq);
+    const auto &   cells  = impl_->kv->get_cells(seq);
+    const uint32_t stream = impl_->kv->get_stream(seq);
+
+    std::vector<Cell> found;
+    found.reserve(cells.seq_pos_get(seq).size());
+    for (const auto & [pos, i] : cells.seq_pos_get(seq)) {
+        found.push_back({ stream, i, pos, cells.ext_get(i).tok });
+    }
+    return found;
+}
+
+std::vector<Cell> Cache::cells(llama_seq_id seq, llama_pos p0, llama_pos p1) const {
+    if (p0 < 0 || p1 <= p0) {
+        throw InputError("the range [" + std::to_string(p0) + ", " + std::to_string(p1) + ") holds no positions");
+    }
+    auto found = all_cells(seq);
+    if (found.empty()) {
+        throw InputError("sequence " + std::to_string(seq) + " is empty: there is nothing to join");
+    }
+    const std::string has = "sequence " + std::to_string(seq) + " has positions " + std::to_string(found.front().pos) +
+                            " to " + std::to_string(found.back().pos);
+    const std::string asked = "the range [" + std::to_string(p0) + ", " + std::to_string(p1) + ") ";
+    if (p0 < found.front().pos || p1 - 1 > found.back().pos) {
+        throw InputError(asked + "is outside the sequence: " + has);
+    }
+    found.erase(std::remove_if(found.begin(), found.end(), [&](const Cell & c) { return c.pos < p0 || c.pos >= p1; }),
+                found.end());
+
+    llama_pos next = p0;
+    for (const Cell & c : found) {
+        if (c.pos > next) {
+            break;
+        }
+        next = c.pos + 1;
+    }
+    if (next != p1) {
+        throw InputError(asked + "has a gap at position " + std::to_string(next) + ": " + has);
+    }
+    return found;
+}
+
+Reservation Cache::reserve(llama_seq_id seq, const std::vector<Cell> & entries) const {
+    check_seq(seq);
+    const auto &   cells  = impl_->kv->get_cells(seq);
+    const uint32_t n      = entries.size();
+    const uint32_t n_free = cells.size() - cells.get_used();
+    if (n == 0) {
+        throw InputError("there is nothing to join");
+    }
+    if (n > n_free) {
+        throw InputError("the joined spans need " + std::to_string(n) + " cells; this context has " +
+                         std::to_string(n_free) + " free of " + std::to_string(cells.size()) +
+                         ": make it larger (n_ctx)");
+    }
+
+    Reservation r;
+    r.impl        = std::make_shared<Reservation::Impl>();
+    r.impl->seq   = seq;
+    auto & ubatch = r.impl->ubatch;
+
+    llama_batch_allocr balloc(/*n_pos_per_embd*/ 1);
+    ubatch               = balloc.ubatch_reserve(n, 1);
+    ubatch.seq_id_unq[0] = seq;
+    for (uint32_t i = 0; i < n; ++i) {
+        ubatch.token[i]    = entries[i].token;
+        ubatch.pos[i]      = entries[i].pos;
+        ubatch.n_seq_id[i] = 1;
+        ubatch.seq_id[i]   = &r.impl->seq;
+    }
+
+    r.impl->slot = impl_->kv->find_slot(ubatch, /*cont*/ true);
+    if (r.impl->slot.empty()) {
+        r.impl->slot = impl_->kv->find_slot(ubatch, /*cont*/ false);
+    }
+    if (r.impl->slot.empty()) {
+        throw InputError("no free cells were found for the joined spans: make the context larger (n_ctx)");
+    }
+    r.stream = r.impl->slot.strm[0];
+    r.index  = r.impl->slot.idxs[0];
+    for (const uint32_t i : r.index) {
+        if (!cells.is_empty(i)) {
+            throw std::logic_error("llama.cpp offered a used cell");
+        }
+    }
+    return r;
+}
+
+void Cache::commit(const Reservation & r) {
+    impl_->kv->apply_ubatch(r.impl->slot, r.impl->ubatch);
+}
+
+void Cache::zero(const Reservation & r) {
+    for (const Layer & l : layers_) {
+        for (const uint32_t i : r.index) {
+            ggml_backend_tensor_memset(l.k, 0, r.stream * l.k->nb[2] + i * l.k->nb[1], l.k->nb[1]);
+            if (!v_transposed_) {
+                ggml_backend_tensor_memset(l.v, 0, r.stream * l.v->nb[2] + i * l.v->nb[1], l.v->nb[1]);
+                continue;
+            }
+            const size_t size = ggml_type_size(l.v->type);
+            for (int64_t j = 0; j < l.n_embd_v; ++j) {
+                ggml_backend_tensor_memset(l.v, 0, r.stream * l.v->nb[2] + (j * n_cells() + i) * size, size);
+            }
+        }
+    }
+}
+
+}  // namespace pyps

@@ -1,0 +1,118 @@
+// A llama.cpp KV cache, seen through the few things a join needs.
+//
+// cache.cpp is the one file that includes llama.cpp's internal headers. They change with every release:
+// when the pinned llama-cpp-python moves, this interface stays and cache.cpp is what has to follow.
+#pragma once
+
+#include "ggml-backend.h"
+#include "ggml.h"
+#include "llama.h"
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace pyps {
+
+// Something the caller asked for is wrong or does not fit; the text says what to change.
+struct InputError : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// This model or this cache cannot be joined at all; the text names the architecture and the reason.
+struct Refusal : InputError {
+    using InputError::InputError;
+};
+
+// RoPE of one layer, as arguments for ggml_rope_ext. Two contexts whose keys are to be mixed must agree on it.
+struct Rope {
+    int           n_rot;  // channels of each head that are rotated; the rest pass through
+    int           type;   // GGML_ROPE_TYPE_*
+    int           n_ctx_orig;
+    float         freq_base, freq_scale, ext_factor, beta_fast, beta_slow;
+    ggml_tensor * factors;  // per-frequency divisors [n_rot/2], or null
+
+    bool operator==(const Rope & o) const {
+        return n_rot == o.n_rot && type == o.type && n_ctx_orig == o.n_ctx_orig && freq_base == o.freq_base &&
+               freq_scale == o.freq_scale && ext_factor == o.ext_factor && beta_fast == o.beta_fast &&
+               beta_slow == o.beta_slow && factors == o.factors;
+    }
+};
+
+// One attention layer's storage. K rows are cells: [n_embd_k, n_cells, n_streams]. V has the same shape when it is
+// not transposed; when it is (flash attention off), each stream holds [n_cells, n_embd_v] instead, cells innermost.
+struct Layer {
+    int           index;  // the model's layer number
+    ggml_tensor * k;
+    ggml_tensor * v;
+    int64_t       head_dim;  // of K
+    int64_t       n_embd_k;  // all K heads
+    int64_t       n_embd_v;  // all V heads
+    bool          rotates;   // false: this layer has no position encoding (SmolLM3's every fourth)
+    Rope          rope;
+};
+
+struct Cell {
+    uint32_t    stream;
+    uint32_t    index;  // within the stream
+    llama_pos   pos;
+    llama_token token;  // what llama.cpp noted beside the cell, LLAMA_TOKEN_NULL for none
+};
+
+// Empty cells chosen for new entries of one sequence. Nothing is marked used until Cache::commit.
+struct Reservation {
+    uint32_t              stream;
+    std::vector<uint32_t> index;  // one cell an entry, in the order they were asked for
+
+    struct Impl;
+    std::shared_ptr<Impl> impl;
+};
+
+class Cache {
+  public:
+    // Throws Refusal when the context's memory is not a plain attention cache this project can re-encode.
+    explicit Cache(llama_context * ctx);
+    ~Cache();
+
+    const std::vector<Layer> & layers() const { return layers_; }
+    const void *               model() const;
+    ggml_backend_sched_t       sched() const;
+    int                        n_threads() const;
+    uint32_t                   n_cells() const;  // of each stream
+    uint32_t                   n_seq_max() const;
+    bool                       v_transposed() const { return v_transposed_; }
+
+    // Carries out what llama.cpp has queued (shifts, copies between streams) and waits for its computation. A queued
+    // copy would otherwise overwrite cells placed after it was asked for.
+    void settle();
+
+    // The cells of seq with positions in [p0, p1), ordered by position. Several cells may share a position (a joined
+    // sequence); every position must have one. Throws InputError, with the range the sequence has.
+    std::vector<Cell> cells(llama_seq_id seq, llama_pos p0, llama_pos p1) const;
+
+    // All cells of seq, ordered by position; may be empty.
+    std::vector<Cell> all_cells(llama_seq_id seq) const;
+
+    // Finds empty cells for entries of seq with the given positions and tokens. Throws InputError with the numbers.
+    Reservation reserve(llama_seq_id seq, const std::vector<Cell> & entries) const;
+    void        commit(const Reservation & reservation);
+
+    // Overwrites the data of reserved cells with zeros: attention reads free cells too, under the mask, and a NaN left
+    // there would spread.
+    void zero(const Reservation & reservation);
+
+  private:
+    void check_seq(llama_seq_id seq) const;
+
+    struct Impl;
+    std::unique_ptr<Impl> impl_;
+    std::vector<Layer>    layers_;
+    bool                  v_transposed_ = false;
+};
+
+// Empty, or why a model of this kind cannot be joined. Needs no context.
+std::string why_not_joinable(const llama_model * model);
+
+}  // namespace pyps

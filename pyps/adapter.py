@@ -1,0 +1,114 @@
+"""Adapters: one GGUF file with the mapper in its metadata and the synthesizer's LoRA as its tensors.
+
+The file is an ordinary llama.cpp LoRA. llama.cpp aborts on a known key of the wrong type and reads no arrays for us, so
+the file is read and checked here before llama.cpp gets to see it.
+"""
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+
+from pyps import log
+from pyps.errors import InputError
+from pyps.layout import LAYOUTS
+from pyps.mapper import Mapper
+from pyps.model import Model, check_gguf
+
+_STRING, _FLOAT32 = gguf.GGUFValueType.STRING, gguf.GGUFValueType.FLOAT32
+# what llama_adapter_lora_init reads, with the only type that does not abort the process
+_LLAMA_CPP_KEYS = {
+    "general.type": _STRING,
+    "general.architecture": _STRING,
+    "adapter.type": _STRING,
+    "adapter.lora.alpha": _FLOAT32,
+}
+_LORA_TYPES = {gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0")}
+
+
+class Adapter:
+    """An adapter opened for a model. Close it after the contexts that use it, before the model.
+
+    Attributes:
+        path: the file.
+        layout: the prompt layout it was trained for, or None if it does not say.
+        mapper: None means identity.
+        lora: llama.cpp's handle, or None if the file has no LoRA tensors.
+        warnings: what the user should be told (trained on another model of the same shape, for instance).
+
+    Raises:
+        InputError: missing, damaged, for another architecture or size, or with a malformed mapper.
+    """
+
+    def __init__(self, path: Path | str, model: Model) -> None:
+        self.path = Path(path)
+        self.warnings: list[str] = []
+        self.lora: ctypes.c_void_p | None = None
+        check_gguf(self.path, "adapter")
+        try:
+            metadata, tensors = _read(self.path)
+            self._check(metadata, model)
+            self.mapper = Mapper.from_metadata(metadata)
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from None
+        layout = metadata.get("pyps.layout")
+        if layout is not None and layout not in LAYOUTS:
+            raise InputError(f"{self.path}: pyps.layout is {layout!r}; this version of pyps knows {', '.join(LAYOUTS)}")
+        self.layout: str | None = layout
+        if not tensors:
+            return
+        with log.captured():
+            self.lora = llama_cpp.llama_adapter_lora_init(model.pointer, str(self.path).encode())
+            if not self.lora:
+                raise InputError(
+                    f"{self.path}: llama.cpp cannot use this LoRA with {model.name} "
+                    f"({log.last_words() or 'no reason given'})"
+                )
+
+    def _check(self, metadata: dict[str, Any], model: Model) -> None:
+        if (kind := metadata.get("general.type")) != "adapter":
+            raise InputError(f"not an adapter: general.type is {kind!r}, not 'adapter'")
+        if (kind := metadata.get("adapter.type")) != "lora":
+            raise InputError(f"adapter.type is {kind!r}; pyps reads 'lora'")
+        if (arch := metadata.get("general.architecture")) != model.arch:
+            raise InputError(f"made for {arch!r} models, but {model.name} is a {model.arch!r} model")
+        version = metadata.get("pyps.version", 1)
+        if version != 1:
+            raise InputError(f"pyps.version is {version}; this version of pyps reads 1")
+        base = metadata.get("pyps.base.name")
+        own = model.metadata.get("general.name")
+        if base and own and base != own:
+            self.warnings.append(f"{self.path.name} was trained on {base!r}; this model is {own!r}")
+
+    def close(self) -> None:
+        if self.lora:
+            llama_cpp.llama_adapter_lora_free(self.lora)
+        self.lora = None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The file's metadata and the names of its tensors. Raises InputError if it is not a sound LoRA GGUF file."""
+    try:
+        reader = gguf.GGUFReader(path)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        types = {name: field.types[0] if field.types else None for name, field in reader.fields.items()}
+        tensors = {t.name: t.tensor_type for t in reader.tensors}
+        size = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
+    except Exception as error:
+        # gguf's reader indexes a memory map without checks: a damaged file shows as almost any exception
+        raise InputError(f"the file is damaged or cut off ({type(error).__name__}: {error})") from None
+    if size > path.stat().st_size:
+        raise InputError("the file is cut off: tensor data is missing")
+    for key, expected in _LLAMA_CPP_KEYS.items():
+        if key in types and types[key] != expected:
+            raise InputError(f"{key} must be of type {expected.name}")
+    if tensors and "adapter.lora.alpha" not in metadata:
+        raise InputError("adapter.lora.alpha is missing")
+    for name, kind in tensors.items():
+        if not name.endswith((".lora_a", ".lora_b")):
+            raise InputError(f"tensor {name!r} is not part of a LoRA")
+        if kind not in _LORA_TYPES:
+            raise InputError(f"tensor {name!r} is {kind.name}; LoRA tensors are F32, F16, BF16 or Q8_0")
+    return metadata, list(tensors)

@@ -1,0 +1,291 @@
+"""Contexts: llama.cpp's sequences with their KV cache, decoding, and the join between two of them."""
+
+import ctypes
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gguf
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+from pyps import log
+from pyps.errors import EngineError, InputError
+from pyps.model import Model
+from pyps.native import _native
+
+if TYPE_CHECKING:
+    from pyps.adapter import Adapter
+
+# types of K and V that a cache can have and a join can move
+KV_TYPES = {
+    "f16": int(gguf.GGMLQuantizationType.F16),
+    "bf16": int(gguf.GGMLQuantizationType.BF16),
+    "f32": int(gguf.GGMLQuantizationType.F32),
+}
+
+MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
+
+BATCH = 512  # most tokens that llama.cpp computes at once; measured: 1,024 is slower on a CPU
+
+
+def default_threads() -> int:
+    """Physical cores this process may use: two threads on one core slow llama.cpp down."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text().strip())
+        except OSError:
+            cores.add(str(cpu))
+    return len(cores)
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token to decode. Its logits are computed only if asked for."""
+
+    id: int
+    pos: int
+    seq: int
+    logits: bool = False
+
+
+class Context:
+    """Sequences 0 … n_seq-1 of one model, each with a stream of `n_ctx` cells of its own (a unified cache shares them).
+
+    A stream of its own keeps a sequence's cells contiguous and its attention off the other sequences' cells. Not
+    thread-safe. Close it (or use `with`) before the model.
+
+    Args:
+        model: the model; must stay open.
+        n_ctx: cells of each sequence, rounded up to a multiple of 256 by llama.cpp.
+        n_seq: number of sequences, 1 to 256.
+        kv_type: a key of KV_TYPES.
+        flash_attn: on a CPU it is faster for long prefills and much slower for short batches and decoding.
+        threads: None for `default_threads()`.
+        unified: one buffer for all sequences instead of a stream each.
+        n_logits: most tokens of one batch whose logits may be asked for; None for n_seq. Memory grows with it.
+        adapter: its LoRA, if it has one, is on for everything this context computes.
+
+    Raises:
+        InputError: a size or type that cannot be, or not enough memory.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        n_ctx: int,
+        n_seq: int = 1,
+        *,
+        kv_type: str = "f16",
+        flash_attn: bool = False,
+        threads: int | None = None,
+        unified: bool = False,
+        n_logits: int | None = None,
+        adapter: "Adapter | None" = None,
+    ) -> None:
+        self._pointer: llama_cpp.llama_context_p | None = None
+        if kv_type not in KV_TYPES:
+            raise InputError(f"KV type {kv_type!r} is not supported: choose one of {', '.join(KV_TYPES)}")
+        if not 1 <= n_seq <= MAX_SEQUENCES:
+            raise InputError(f"a context can hold 1 to {MAX_SEQUENCES} sequences, not {n_seq}")
+        if not 1 <= n_ctx * n_seq < 2**31:
+            raise InputError(f"a context of {n_ctx} cells for each of {n_seq} sequences is not possible")
+        if threads is not None and not 1 <= threads <= 512:
+            raise InputError(f"threads must be between 1 and 512, not {threads}")
+        self.model = model
+        self.n_seq = n_seq
+        model.address  # noqa: B018  # raises if closed
+
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = n_ctx * n_seq if not unified else n_ctx
+        if not unified:
+            params.n_ctx = (n_ctx + 255) // 256 * 256 * n_seq
+        params.n_seq_max = n_seq
+        params.kv_unified = unified
+        params.n_batch = params.n_ubatch = BATCH
+        params.n_outputs_max = max(n_seq, n_logits or 0)
+        params.n_threads = params.n_threads_batch = threads or default_threads()
+        params.type_k = params.type_v = KV_TYPES[kv_type]
+        params.flash_attn_type = int(flash_attn)
+        params.no_perf = True
+        with log.captured():
+            self._pointer = llama_cpp.llama_init_from_model(model.pointer, params)
+            if not self._pointer:
+                raise InputError(
+                    f"llama.cpp cannot make a context of {n_seq} x {n_ctx} cells ({kv_type}) for {model.name}: "
+                    f"{log.last_words() or 'not enough memory?'}"
+                )
+            if adapter and adapter.lora:
+                handles = (ctypes.c_void_p * 1)(adapter.lora)
+                if llama_cpp.llama_set_adapters_lora(self._pointer, handles, 1, (ctypes.c_float * 1)(1.0)) != 0:
+                    raise InputError(f"{adapter.path}: llama.cpp cannot attach this LoRA ({log.last_words()})")
+        self._memory = llama_cpp.llama_get_memory(self._pointer)
+        self.n_ctx = int(llama_cpp.llama_n_ctx_seq(self._pointer))
+        self._n_batch = int(llama_cpp.llama_n_batch(self._pointer))
+        self._max_logits = int(params.n_outputs_max)
+
+    def __enter__(self) -> "Context":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._pointer is not None:
+            with log.captured():
+                llama_cpp.llama_free(self._pointer)
+        self._pointer = None
+
+    def __del__(self) -> None:
+        # only a safety net: at interpreter exit llama_cpp may be gone
+        if getattr(self, "_pointer", None) is not None and llama_cpp is not None:
+            self.close()
+
+    @property
+    def pointer(self) -> llama_cpp.llama_context_p:
+        """The llama_context for llama_cpp's functions. Raises InputError once closed."""
+        if self._pointer is None:
+            raise InputError("the context is closed")
+        return self._pointer
+
+    @property
+    def address(self) -> int:
+        return int(ctypes.cast(self.pointer, ctypes.c_void_p).value or 0)
+
+    def _check_seq(self, seq: int) -> None:
+        # llama.cpp aborts the process on an unknown sequence
+        if not 0 <= seq < self.n_seq:
+            raise InputError(f"sequence {seq} does not exist: this context has sequences 0 to {self.n_seq - 1}")
+
+    def end(self, seq: int) -> int:
+        """The position after the last of the sequence; 0 if it is empty."""
+        self._check_seq(seq)
+        self.pointer  # noqa: B018
+        return int(llama_cpp.llama_memory_seq_pos_max(self._memory, seq)) + 1
+
+    def remove(self, seq: int, p0: int = 0, p1: int = -1) -> None:
+        """Forget positions [p0, p1) of the sequence; p1 = -1 means to the end."""
+        self._check_seq(seq)
+        self.pointer  # noqa: B018
+        llama_cpp.llama_memory_seq_rm(self._memory, seq, p0, p1)
+
+    def copy(self, src: int, dst: int) -> None:
+        """Make sequence dst a copy of src: llama.cpp copies the whole stream, whatever its length."""
+        self._check_seq(src)
+        self._check_seq(dst)
+        self.pointer  # noqa: B018
+        llama_cpp.llama_memory_seq_cp(self._memory, src, dst, -1, -1)
+
+    def clear(self) -> None:
+        """Forget all sequences."""
+        for seq in range(self.n_seq):
+            self.remove(seq)
+
+    def decode(self, tokens: Sequence[Token]) -> None:
+        """Compute the tokens, which must continue their sequences without gaps, in batches of up to BATCH.
+
+        Afterwards `logits(i)` and samplers see the tokens of the last batch only.
+
+        Raises:
+            InputError: the sequence is full, or the tokens do not continue it.
+            EngineError: llama.cpp failed.
+        """
+        for chunk in _even_chunks(tokens, self._n_batch):
+            self._decode_batch(chunk)
+
+    def _decode_batch(self, tokens: Sequence[Token]) -> None:
+        pointer = self.pointer
+        n = len(tokens)
+        if sum(t.logits for t in tokens) > self._max_logits:
+            raise InputError(f"at most {self._max_logits} tokens of a batch can have logits in this context (n_logits)")
+        for t in tokens:
+            self._check_seq(t.seq)
+        batch = llama_cpp.llama_batch_init(n, 0, 1)
+        try:
+            batch.n_tokens = n
+            for i, t in enumerate(tokens):
+                batch.token[i] = t.id
+                batch.pos[i] = t.pos
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = t.seq
+                batch.logits[i] = t.logits
+            with log.captured():
+                status = llama_cpp.llama_decode(pointer, batch)
+                words = log.last_words()
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        if status == 0:
+            return
+        if status == 1:
+            raise InputError(f"the context is full: {self.n_ctx} cells for each sequence; make it larger (n_ctx)")
+        if status == -1:
+            raise InputError(f"these tokens cannot be decoded here: {words or 'invalid batch'}")
+        raise EngineError(f"llama.cpp could not decode (status {status}): {words or 'no reason given'}")
+
+    def prefill(self, seq: int, tokens: Sequence[int]) -> None:
+        """Append tokens to a sequence; the last one's logits are at index -1."""
+        start = self.end(seq)
+        last = len(tokens) - 1
+        self.decode([Token(id, start + i, seq, logits=i == last) for i, id in enumerate(tokens)])
+
+    def logits(self, index: int = -1) -> NDArray[np.float32]:
+        """Logits [n_vocab] of the index-th token of the last batch (a copy). Raises InputError if it has none."""
+        with log.captured():
+            values = llama_cpp.llama_get_logits_ith(self.pointer, index)
+        if not values:
+            raise InputError(f"token {index} of the last batch has no logits")
+        return np.ctypeslib.as_array(values, shape=(self.model.n_vocab,)).copy()
+
+    def synchronize(self) -> None:
+        llama_cpp.llama_synchronize(self.pointer)
+
+
+def _even_chunks(tokens: Sequence[Token], most: int) -> Iterable[Sequence[Token]]:
+    """Chunks of nearly equal size: with flash attention a short last one is many times slower than a long one."""
+    n_chunks = -(-len(tokens) // most)
+    start = 0
+    for i in range(n_chunks):
+        size = (len(tokens) - start) // (n_chunks - i)
+        yield tokens[start : start + size]
+        start += size
+
+
+@dataclass(frozen=True)
+class Span:
+    """Positions [start, end) of a sequence, to be placed from position `to` on."""
+
+    seq: int
+    start: int
+    end: int
+    to: int
+
+
+def join(
+    src: Context, dst: Context, spans: Sequence[Span], seq: int = 0, affine: NDArray[np.float32] | None = None
+) -> int:
+    """Place spans of src's sequences in sequence `seq` of dst: re-encoded to their new positions, mapped, side by side.
+
+    The source is left as it is, and dst may be src. Spans may overlap in position, with each other and with what the
+    sequence holds; the sequence continues after the largest. All or nothing: on an exception dst is as it was.
+    (METHOD: re-encoding and mapper, arXiv 2606.14672 section 3; placement as llama_kv_cache::state_read_meta does it.)
+
+    Args:
+        affine: float32 [spans, layers, 4] of (a_k, b_k, a_v, b_v), or None for the identity; see mapper.py.
+
+    Returns:
+        The number of cells placed.
+
+    Raises:
+        RefusedError: this model's caches cannot be joined.
+        InputError: a range outside its sequence, no room in dst, different models, a closed context.
+        EngineError: the computation failed or was aborted.
+    """
+    parts = [(s.seq, s.start, s.end, s.to) for s in spans]
+    with log.captured():
+        return _native.join(src.address, dst.address, parts, seq, affine)

@@ -1,0 +1,196 @@
+"""What `pyps run` shows to people: live columns on a terminal, plain text into a pipe."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from pyps.events import AnswerToken, BranchDone, BranchResult, BranchToken, Done, Event, Result
+from pyps.models import Progress as Report
+
+_PANEL_WIDTH = 36  # narrowest column in which text reads well
+
+
+class Display(Protocol):
+    """Shows events as they come."""
+
+    def show(self, event: Event) -> None: ...
+    def close(self) -> None: ...
+
+
+def summary(result: Result) -> str:
+    """One line: what was saved."""
+    t, n = result.timing_ms, result.tokens
+    if result.mode == "text":
+        return f"read {n.prefilled:,} tokens; first token after {t.ttft:,.0f} ms, {t.total / 1e3:.1f} s in all"
+    line = (
+        f"joined {n.joined:,} tokens in {t.join:,.0f} ms, read {n.prefilled:,}; "
+        f"first token after {t.ttft:,.0f} ms, {t.total / 1e3:.1f} s in all"
+    )
+    if result.compare:
+        c = result.compare
+        line += (
+            f". From text: read {c.tokens.prefilled:,}; first token after {c.timing_ms.ttft:,.0f} ms "
+            f"({c.timing_ms.ttft / max(t.ttft, 1e-3):.1f} times as long)"
+        )
+    return line
+
+
+def _remark(branch: BranchResult) -> str:
+    if branch.tokens == 0:
+        return "said nothing: joined as empty"
+    return f"{branch.tokens} tokens" + (", cut at its limit" if branch.finish_reason == "length" else "")
+
+
+class PlainDisplay:
+    """Text without control codes. Branches appear whole, in order, when the last one is done."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._branches: dict[int, BranchResult] = {}
+        self._mode: str | None = None
+
+    def show(self, event: Event) -> None:
+        if isinstance(event, BranchDone):
+            self._branches[event.branch] = event.result
+        elif isinstance(event, AnswerToken):
+            if self._mode is None:
+                self._show_branches()
+            if self._mode != event.mode:
+                if self._mode is not None:
+                    self._write("\n\n")
+                self._mode = event.mode
+                self._write("[answer]\n" if event.mode == "cache" else "[answer from text]\n")
+            self._write(event.text)
+        elif isinstance(event, Done):
+            if self._mode is None:
+                self._branches = dict(enumerate(event.result.branches))
+                self._show_branches()
+            self._write("\n\n" if self._mode else "")
+            if event.result.interrupted:
+                self._write("interrupted: this is what there is\n")
+            self._write(summary(event.result) + "\n")
+
+    def close(self) -> None:
+        pass
+
+    def _show_branches(self) -> None:
+        for _, branch in sorted(self._branches.items()):
+            self._write(f"[{branch.name}] {branch.prompt} ({_remark(branch)})\n{branch.text}\n\n")
+
+    def _write(self, text: str) -> None:
+        self._console.file.write(text)
+        self._console.file.flush()
+
+
+class LiveDisplay:
+    """Branches side by side in panels that follow their text; then the answer, streamed."""
+
+    def __init__(self, console: Console, prompts: list[str]) -> None:
+        self._console = console
+        self._titles = [prompt or f"sample {i + 1}" for i, prompt in enumerate(prompts)]
+        self._texts = ["" for _ in prompts]
+        self._results: dict[int, BranchResult] = {}
+        self._live: Live | None = Live(console=console, refresh_per_second=12, get_renderable=self._panels)
+        self._live.start()
+        self._mode: str | None = None
+
+    def _panels(self, whole: bool = False) -> Table:
+        columns = max(1, min(len(self._texts), self._console.width // _PANEL_WIDTH))
+        rows = -(-len(self._texts) // columns)
+        width = self._console.width // columns
+        # all rows must fit on the screen: Live cannot redraw what has scrolled away
+        height = max(3, (self._console.height - 2) // rows)
+        grid = Table.grid(expand=True)
+        for _ in range(columns):
+            grid.add_column(ratio=1)
+        panels = [self._panel(i, width, None if whole else height) for i in range(len(self._texts))]
+        for start in range(0, len(panels), columns):
+            grid.add_row(*panels[start : start + columns])
+        return grid
+
+    def _panel(self, i: int, width: int, height: int | None) -> Panel:
+        text = Text(self._texts[i].strip())
+        if height is not None:
+            lines = text.wrap(self._console, width - 4)
+            text = Text("\n").join(list(lines)[-(height - 2) :])
+        result = self._results.get(i)
+        return Panel(
+            text,
+            title=Text(self._titles[i]),
+            title_align="left",
+            subtitle=Text(_remark(result)) if result else None,
+            subtitle_align="right",
+            border_style="green" if result else "dim",
+        )
+
+    def show(self, event: Event) -> None:
+        if isinstance(event, BranchToken):
+            self._texts[event.branch] += event.text
+        elif isinstance(event, BranchDone):
+            self._results[event.branch] = event.result
+            self._texts[event.branch] = event.result.text
+        elif isinstance(event, AnswerToken):
+            if self._mode != event.mode:
+                self._end_live()
+                if self._mode is not None:
+                    self._console.print("\n")
+                self._mode = event.mode
+                self._console.rule("answer" if event.mode == "cache" else "answer from text", align="left")
+            self._console.print(Text(event.text), end="", soft_wrap=True)
+        elif isinstance(event, Done):
+            self._end_live()
+            self._console.print("\n")
+            if event.result.interrupted:
+                self._console.print(Text("interrupted: this is what there is", style="yellow"))
+            self._console.print(Group(Text(summary(event.result), style="bold")))
+
+    def _end_live(self) -> None:
+        """Replace the panels that follow by panels with the whole texts."""
+        if self._live:
+            self._live.transient = True
+            self._live.stop()
+            self._live = None
+            self._console.print(self._panels(whole=True))
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Report]:
+    """A report function (see models.Progress) that draws a bar on a terminal, and plain lines elsewhere."""
+    if not console.is_terminal:
+        said: set[str] = set()
+
+        def say(what: str, _fraction: float | None) -> None:
+            if what not in said:
+                said.add(what)
+                console.print(what, highlight=False, soft_wrap=True)
+
+        yield say
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None, visible=False)
+
+        def update(what: str, fraction: float | None) -> None:
+            bar.update(task, description=what, visible=True, total=1 if fraction is not None else None)
+            if fraction is not None:
+                bar.update(task, completed=fraction)
+
+        yield update

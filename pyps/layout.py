@@ -1,0 +1,93 @@
+"""Prompt layouts: what the branches, the synthesizer and the text baseline are given, token by token.
+
+The one place that decides it, for the runtime, the text baseline and training alike. An adapter is trained for one
+layout and records which.
+
+    shared   [system, task] is a prefix, computed once, that branches fork from and the synthesizer keeps:
+             branch        prefix | instruction, assistant header | output
+             synthesizer   prefix | outputs side by side          | synthesize, assistant header | answer
+    paper    (arXiv 2606.14672) the synthesizer has no prefix; outputs move to position 0 and its prompt repeats the
+             task:
+             synthesizer          outputs side by side | system, task, synthesize, assistant header | answer
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pyps.errors import InputError
+from pyps.model import Model
+
+LayoutName = Literal["shared", "paper"]
+LAYOUTS: tuple[LayoutName, ...] = ("shared", "paper")
+
+DEFAULT_SYNTHESIZE = "Using the notes above, give one final answer."
+
+# stands for what follows the task in the user's turn; a private-use character that no template treats specially
+_REST = "\ue000"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token lists of one fork-join.
+
+    Attributes:
+        prefix: what every branch starts with.
+        branches: what each branch adds before it generates.
+        branch_point: P, the position that spans are re-encoded to.
+        synthesizer: what the synthesizer prefills after the joined cells.
+    """
+
+    prefix: list[int]
+    branches: list[list[int]]
+    branch_point: int
+    synthesizer: list[int]
+
+
+class Layout:
+    """The prompts of one job: a task, the branches' instructions and the synthesizer's instruction.
+
+    Args:
+        name: "shared" or "paper".
+        task: what the job is about; must not be empty.
+        system: the system message, or None for the model's own default.
+        synthesize: the synthesizer's instruction.
+
+    Raises:
+        InputError: an unknown layout, an empty task, or a chat template that cannot be used.
+    """
+
+    def __init__(self, model: Model, name: str, task: str, system: str | None, synthesize: str) -> None:
+        if name not in LAYOUTS:
+            raise InputError(f"layout {name!r} does not exist: choose {' or '.join(LAYOUTS)}")
+        if not task.strip():
+            raise InputError("the task is empty: say what the branches should work on")
+        self._model = model
+        self._name = name
+        self._synthesize = synthesize
+        messages = [{"role": "system", "content": system}] if system else []
+        prompt = model.render_chat([*messages, {"role": "user", "content": task.strip() + _REST}])
+        head, mark, self._tail = prompt.partition(_REST)
+        if not mark or _REST in self._tail:
+            raise InputError(f"{model.name}: the model's chat template does not give the user's text once, as it is")
+        self._prefix = model.tokenize(head, start=True)
+
+    def _after_prefix(self, text: str) -> list[int]:
+        """The rest of the user's turn, and the header of the assistant's."""
+        return self._model.tokenize(f"\n\n{text.strip()}{self._tail}" if text.strip() else self._tail)
+
+    def prompts(self, instructions: Sequence[str]) -> Prompts:
+        """The cache side; an instruction may be empty (a plain sample of the task)."""
+        synthesizer = self._after_prefix(self._synthesize)
+        return Prompts(
+            prefix=self._prefix,
+            branches=[self._after_prefix(instruction) for instruction in instructions],
+            branch_point=len(self._prefix) if self._name == "shared" else 0,
+            synthesizer=synthesizer if self._name == "shared" else self._prefix + synthesizer,
+        )
+
+    def pasted(self, names: Sequence[str], texts: Sequence[str]) -> list[int]:
+        """The text baseline: what follows the prefix when the branches' texts are pasted into the user's turn. The
+        same in both layouts: whoever pastes texts can keep the prefix."""
+        notes = "\n\n".join(f"[{name}]\n{text.strip()}" for name, text in zip(names, texts, strict=True))
+        return self._after_prefix(f"{notes}\n\n{self._synthesize}")

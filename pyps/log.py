@@ -1,0 +1,61 @@
+"""llama.cpp's log, kept instead of printed, so that its last words can explain a failure."""
+
+import contextlib
+import ctypes
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import llama_cpp
+from llama_cpp import _logger
+
+_WARN, _ERROR = 2, 3
+
+_recent: deque[str] = deque(maxlen=8)  # warnings and errors, newest last
+_listeners: list[Callable[[str], None]] = []
+_depth = 0
+_lock = threading.Lock()
+
+
+@llama_cpp.llama_log_callback
+def _collect(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
+    line = text.decode("utf-8", "replace")
+    if os.environ.get("PYPS_LOG"):
+        sys.stderr.write(line)
+    if level in (_WARN, _ERROR) and line.strip(". \n"):
+        _recent.append(line.strip())
+    for listen in _listeners:
+        listen(line)
+
+
+@contextlib.contextmanager
+def captured(listen: Callable[[str], None] | None = None) -> Iterator[None]:
+    """While inside, llama.cpp's log goes to memory (and, with PYPS_LOG set, to stderr), not to llama_cpp's logger.
+
+    `listen` receives every line. May be nested and used from several threads.
+    """
+    global _depth
+    with _lock:
+        _depth += 1
+        if _depth == 1:
+            _recent.clear()
+            llama_cpp.llama_log_set(_collect, ctypes.c_void_p(0))
+        if listen:
+            _listeners.append(listen)
+    try:
+        yield
+    finally:
+        with _lock:
+            _depth -= 1
+            if listen:
+                _listeners.remove(listen)
+            if _depth == 0:
+                llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
+
+
+def last_words() -> str:
+    """What llama.cpp logged last as an error or a warning, for an exception's text; "" if nothing."""
+    lines = [line for line in _recent if "failed to load model" not in line]
+    return lines[-1] if lines else ""

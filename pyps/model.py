@@ -1,0 +1,163 @@
+"""A model: loading, tokens, and its chat template."""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import llama_cpp
+
+from pyps import log
+from pyps.errors import InputError, RefusedError
+from pyps.native import _native
+
+_backend_started = False
+
+
+def _start_backend() -> None:
+    global _backend_started
+    if not _backend_started:
+        with log.captured():
+            llama_cpp.llama_backend_init()
+        _backend_started = True
+
+
+class Model:
+    """A llama.cpp model, loaded by us (`Model.load`) or borrowed from a `llama_cpp.Llama` (`Model.borrow`)."""
+
+    def __init__(self, pointer: llama_cpp.llama_model_p, name: str, *, owner: object | None) -> None:
+        self.pointer = pointer
+        self.name = name
+        self._owner = owner  # keeps a borrowed model alive; None if the model is ours to free
+        self.vocab = llama_cpp.llama_model_get_vocab(pointer)
+        self._closed = False
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Model":
+        """Load a GGUF file. Raises InputError if it is missing, damaged or not a model llama.cpp knows."""
+        path = Path(path)
+        check_gguf(path, "model")
+        _start_backend()
+        params = llama_cpp.llama_model_default_params()
+        with log.captured():
+            pointer = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+            if not pointer:
+                raise InputError(f"{path}: llama.cpp cannot load this model ({log.last_words() or 'no reason given'})")
+        return cls(pointer, path.name, owner=None)
+
+    @classmethod
+    def borrow(cls, llama: llama_cpp.Llama) -> "Model":
+        """Use the model of an existing Llama object. Its contexts and cache are left alone."""
+        _start_backend()
+        return cls(llama.model, Path(llama.model_path).name, owner=llama)
+
+    def close(self) -> None:
+        if not self._closed and self._owner is None:
+            llama_cpp.llama_model_free(self.pointer)
+        self._closed = True
+
+    @property
+    def address(self) -> int:
+        """The llama_model's address, for the extension. Raises InputError once closed."""
+        if self._closed:
+            raise InputError("the model is closed")
+        return int(ctypes.cast(self.pointer, ctypes.c_void_p).value or 0)
+
+    def check_joinable(self) -> None:
+        """Raises RefusedError, naming the architecture, if this model's caches cannot be joined."""
+        if reason := _native.why_not_joinable(self.address):
+            raise RefusedError(f"{self.name}: {reason}. Text mode works with any model.")
+
+    @functools.cached_property
+    def metadata(self) -> dict[str, str]:
+        """The GGUF file's scalar metadata, as llama.cpp prints it."""
+        found: dict[str, str] = {}
+        for i in range(llama_cpp.llama_model_meta_count(self.pointer)):
+            texts = []
+            for read in (llama_cpp.llama_model_meta_key_by_index, llama_cpp.llama_model_meta_val_str_by_index):
+                size = read(self.pointer, i, None, 0) + 1
+                buffer = ctypes.create_string_buffer(size)
+                read(self.pointer, i, buffer, size)
+                texts.append(buffer.value.decode("utf-8", "replace"))
+            found[texts[0]] = texts[1]
+        return found
+
+    @property
+    def arch(self) -> str:
+        return self.metadata.get("general.architecture", "")
+
+    @property
+    def n_vocab(self) -> int:
+        return int(llama_cpp.llama_vocab_n_tokens(self.vocab))
+
+    @property
+    def n_ctx_train(self) -> int:
+        """Positions the model was trained on."""
+        return int(llama_cpp.llama_model_n_ctx_train(self.pointer))
+
+    def tokenize(self, text: str, *, start: bool = False) -> list[int]:
+        """Tokens of text; special tokens in it (`<|im_end|>`) are recognised. `start`: add what the vocabulary puts
+        at the start of a sequence, unless the text has it already (chat templates often do)."""
+        data = text.encode("utf-8")
+        if start and (bos := self._bos_text()) and text.startswith(bos):
+            start = False
+        size = len(data) + 8
+        while True:
+            buffer = (llama_cpp.llama_token * size)()
+            n = llama_cpp.llama_tokenize(self.vocab, data, len(data), buffer, size, start, True)
+            if n >= 0:
+                return list(buffer[:n])
+            size = -n
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes of a token: possibly part of a character. Special tokens are empty unless asked for."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = llama_cpp.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    def ends(self, token: int) -> bool:
+        """True for tokens that end a generation (end of turn, end of text)."""
+        return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
+
+    def _bos_text(self) -> str:
+        bos = llama_cpp.llama_vocab_bos(self.vocab)
+        return "" if bos < 0 else self.piece(bos, special=True).decode("utf-8", "replace")
+
+    def _eos_text(self) -> str:
+        eos = llama_cpp.llama_vocab_eos(self.vocab)
+        return "" if eos < 0 else self.piece(eos, special=True).decode("utf-8", "replace")
+
+    def render_chat(self, messages: list[dict[str, str]]) -> str:
+        """The prompt for these messages (role, content), by the model's own chat template (ChatML if it has none),
+        up to where the assistant's answer begins. Raises InputError if the template fails."""
+        from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatter
+
+        template = llama_cpp.llama_model_chat_template(self.pointer, None)
+        formatter = Jinja2ChatFormatter(
+            template.decode("utf-8") if template else CHATML_CHAT_TEMPLATE, self._eos_text(), self._bos_text()
+        )
+        try:
+            return str(formatter(messages=messages).prompt)  # type: ignore[arg-type]
+        except Exception as error:
+            # a template is a program that came with the model: it may raise anything
+            if messages[0]["role"] == "system":
+                # some (Gemma's) know no system role: their habit is to put it at the head of the user's turn
+                system, user, *rest = messages
+                return self.render_chat([{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest])
+            raise InputError(f"{self.name}: the model's chat template failed: {error}") from error
+
+
+def check_gguf(path: Path, what: str) -> None:
+    """Raises InputError unless path is a readable file that starts like GGUF. Cheap: reads four bytes."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such {what} file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the {what}: {error.strerror}") from None
+    if magic != b"GGUF":
+        raise InputError(f"{path}: not a GGUF file, so not a {what} that llama.cpp can read")

@@ -1,0 +1,87 @@
+"""How a sequence's next token is chosen: llama.cpp's own samplers, chained in llama.cpp's own order."""
+
+import ctypes
+import secrets
+from dataclasses import dataclass
+
+import llama_cpp
+
+from pyps.context import Context
+from pyps.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling of one generation.
+
+    Attributes:
+        temperature: 0 takes the most likely token always.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the most likely tokens that together have this probability; 1 keeps all.
+        min_p: keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
+        seed: None draws a new one each time.
+        max_tokens: the generation ends here with finish reason "length".
+        stop: texts that end the generation; they are not part of its text.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    temperature: float = 0.7
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    seed: int | None = None
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 100:
+            raise InputError(f"temperature must be between 0 and 100, not {self.temperature}")
+        if not 0 <= self.top_k < 2**31:
+            raise InputError(f"top_k must be 0 (off) or more, not {self.top_k}")
+        for name in ("top_p", "min_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        if self.seed is not None and not 0 <= self.seed < 2**32 - 1:
+            raise InputError(f"seed must be between 0 and {2**32 - 2}, not {self.seed}")
+        if not 1 <= self.max_tokens < 2**20:
+            raise InputError(f"max_tokens must be at least 1, not {self.max_tokens}")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise InputError("stop must be a sequence of texts that are not empty")
+
+
+def draw_seed() -> int:
+    """A seed nobody chose."""
+    return secrets.randbelow(2**31)
+
+
+class Sampler:
+    """llama.cpp's sampler chain for one generation. Use with `with`, or close it."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        seed = draw_seed() if sampling.seed is None else sampling.seed
+        chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+        if sampling.temperature == 0:
+            links = [llama_cpp.llama_sampler_init_greedy()]
+        else:
+            links = [
+                llama_cpp.llama_sampler_init_top_k(sampling.top_k),
+                llama_cpp.llama_sampler_init_top_p(sampling.top_p, 1),
+                llama_cpp.llama_sampler_init_min_p(sampling.min_p, 1),
+                llama_cpp.llama_sampler_init_temp(sampling.temperature),
+                llama_cpp.llama_sampler_init_dist(seed),
+            ]
+        for link in links:
+            llama_cpp.llama_sampler_chain_add(chain, link)
+        self._chain: ctypes.c_void_p | None = chain
+
+    def sample(self, ctx: Context, index: int) -> int:
+        """The token after the index-th of ctx's last batch; a negative index counts its tokens with logits, from the
+        end."""
+        return int(llama_cpp.llama_sampler_sample(self._chain, ctx.pointer, index))
+
+    def close(self) -> None:
+        if self._chain is not None:
+            llama_cpp.llama_sampler_free(self._chain)
+        self._chain = None
