@@ -28,23 +28,16 @@ struct Cache::Impl {
 
 namespace {
 
-// Architectures with a plain cache whose every layer is known to be encoded by the RoPE that llama_hparams describes,
-// or by none at all. llama_hparams::has_rope() cannot be trusted for this: it says true for SmolLM3's NoPE layers.
-// An architecture that is not here is refused: a wrong rotation gives fluent, wrong answers.
+// Architectures with a plain cache, each layer encoded by the RoPE that llama_hparams describes or by none at all, and
+// tested (tests/test_join.py). llama_hparams::has_rope() does not tell: it says true for SmolLM3's NoPE layers. An
+// architecture that is not here is refused: a wrong rotation gives fluent, wrong answers.
 enum class Positions { unknown, rope, nope_every_4th };
 
 Positions positions_of(llm_arch arch) {
     switch (arch) {
         case LLM_ARCH_LLAMA:
-        case LLM_ARCH_MISTRAL3:
         case LLM_ARCH_QWEN2:
-        case LLM_ARCH_QWEN2MOE:
         case LLM_ARCH_QWEN3:
-        case LLM_ARCH_QWEN3MOE:
-        case LLM_ARCH_GLM4:
-        case LLM_ARCH_GLM4_MOE:
-        case LLM_ARCH_PHI3:
-        case LLM_ARCH_GRANITE:
             return Positions::rope;
         case LLM_ARCH_SMOLLM3:
             return Positions::nope_every_4th;
@@ -77,7 +70,7 @@ std::string why_not(const llama_model & model) {
         return "it uses sliding-window attention, which pyps cannot join yet";
     }
     if (positions_of(model.arch) == Positions::unknown) {
-        return "pyps does not know how this architecture encodes positions in every layer";
+        return "this architecture is not among those that pyps is tested with (llama, qwen2, qwen3, smollm3)";
     }
     return "";
 }
