@@ -89,7 +89,7 @@ def generate(
     Raises:
         InputError, EngineError: from Context.decode.
     """
-    samplers = {g: Sampler(g.sampling) for g in generations}
+    samplers = {g: Sampler(ctx.model, g.sampling) for g in generations}
     try:
         _prefill(ctx, generations)
         active = list(generations)

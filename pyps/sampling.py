@@ -1,6 +1,7 @@
 """How a sequence's next token is chosen: llama.cpp's own samplers, chained in llama.cpp's own order."""
 
 import ctypes
+import math
 import secrets
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import llama_cpp
 
 from pyps.context import Context
 from pyps.errors import InputError
+from pyps.model import Model
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Sampling:
         seed: None draws a new one each time.
         max_tokens: the generation ends here with finish reason "length".
         stop: texts that end the generation; they are not part of its text.
+        ignore_eos: never choose a token that ends the generation; for benchmarks.
 
     Raises:
         InputError: a value out of range.
@@ -34,6 +37,7 @@ class Sampling:
     seed: int | None = None
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 100:
@@ -59,13 +63,19 @@ def draw_seed() -> int:
 class Sampler:
     """llama.cpp's sampler chain for one generation. Use with `with`, or close it."""
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, model: Model, sampling: Sampling) -> None:
         seed = draw_seed() if sampling.seed is None else sampling.seed
         chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+        links = []
+        if sampling.ignore_eos:
+            ends = [token for token in range(model.n_vocab) if model.ends(token)]
+            never = [llama_cpp.llama_logit_bias(token, -math.inf) for token in ends]
+            biases = (llama_cpp.llama_logit_bias * len(never))(*never)
+            links.append(llama_cpp.llama_sampler_init_logit_bias(model.n_vocab, len(never), biases))
         if sampling.temperature == 0:
-            links = [llama_cpp.llama_sampler_init_greedy()]
+            links.append(llama_cpp.llama_sampler_init_greedy())
         else:
-            links = [
+            links += [
                 llama_cpp.llama_sampler_init_top_k(sampling.top_k),
                 llama_cpp.llama_sampler_init_top_p(sampling.top_p, 1),
                 llama_cpp.llama_sampler_init_min_p(sampling.min_p, 1),
