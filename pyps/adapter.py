@@ -50,6 +50,7 @@ class Adapter:
         try:
             metadata, tensors = _read(self.path)
             self._check(metadata, model)
+            _check_lora(metadata, tensors)
             self.mapper = Mapper.from_metadata(metadata)
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from None
@@ -88,8 +89,8 @@ class Adapter:
         self.lora = None
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The file's metadata and the names of its tensors. Raises InputError if it is not a sound LoRA GGUF file."""
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, gguf.GGMLQuantizationType]]:
+    """The file's metadata, and its tensors' types by name. Raises InputError if it is damaged."""
     try:
         reader = gguf.GGUFReader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
@@ -104,6 +105,10 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     for key, expected in _LLAMA_CPP_KEYS.items():
         if key in types and types[key] != expected:
             raise InputError(f"{key} must be of type {expected.name}")
+    return metadata, tensors
+
+
+def _check_lora(metadata: dict[str, Any], tensors: dict[str, gguf.GGMLQuantizationType]) -> None:
     if tensors and "adapter.lora.alpha" not in metadata:
         raise InputError("adapter.lora.alpha is missing")
     for name, kind in tensors.items():
@@ -111,4 +116,3 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
             raise InputError(f"tensor {name!r} is not part of a LoRA")
         if kind not in _LORA_TYPES:
             raise InputError(f"tensor {name!r} is {kind.name}; LoRA tensors are F32, F16, BF16 or Q8_0")
-    return metadata, list(tensors)

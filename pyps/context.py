@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyps import log
-from pyps.errors import EngineError, InputError
+from pyps.errors import EngineError, InputError, RefusedError
 from pyps.model import Model
 from pyps.native import _native
 
@@ -74,6 +74,7 @@ class Context:
 
     Raises:
         InputError: a size or type that cannot be, or not enough memory.
+        RefusedError: a model that cannot generate text.
     """
 
     def __init__(
@@ -122,10 +123,13 @@ class Context:
                     f"{log.last_words() or 'not enough memory?'}"
                 )
             if adapter and adapter.lora:
-                handles = (ctypes.c_void_p * 1)(adapter.lora)
+                handles = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter.lora)  # type: ignore[misc]
                 if llama_cpp.llama_set_adapters_lora(self._pointer, handles, 1, (ctypes.c_float * 1)(1.0)) != 0:
                     raise InputError(f"{adapter.path}: llama.cpp cannot attach this LoRA ({log.last_words()})")
         self._memory = llama_cpp.llama_get_memory(self._pointer)
+        if not self._memory:
+            self.close()
+            raise RefusedError(f"{model.name}: '{model.arch}' models have no memory, so they cannot generate text")
         self.n_ctx = int(llama_cpp.llama_n_ctx_seq(self._pointer))
         self._n_batch = int(llama_cpp.llama_n_batch(self._pointer))
         self._max_logits = int(params.n_outputs_max)

@@ -208,6 +208,7 @@ class _Run:
         if len(branches) > MAX_SEQUENCES:
             raise InputError(f"{len(branches)} branches are too many: llama.cpp takes up to {MAX_SEQUENCES}")
         self.fj, self.mode, self.compare, self.stopped = fj, mode, compare, stopped
+        fj.model.check_generates()
         if mode == "cache":
             fj.model.check_joinable()
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import sys
 import threading
 from collections import deque
@@ -11,7 +12,8 @@ from collections.abc import Callable, Iterator
 import llama_cpp
 from llama_cpp import _logger
 
-_WARN, _ERROR = 2, 3
+# ggml_log_level. llama_cpp._logger's table of them is out of date.
+_WARN, _ERROR = 3, 4
 
 _recent: deque[str] = deque(maxlen=8)  # warnings and errors, newest last
 _listeners: list[Callable[[str], None]] = []
@@ -57,5 +59,6 @@ def captured(listen: Callable[[str], None] | None = None) -> Iterator[None]:
 
 def last_words() -> str:
     """What llama.cpp logged last as an error or a warning, for an exception's text; "" if nothing."""
+    # "failed to load model" only says that it failed; the line before says why
     lines = [line for line in _recent if "failed to load model" not in line]
-    return lines[-1] if lines else ""
+    return re.sub(r"^\w+: ", "", lines[-1]) if lines else ""

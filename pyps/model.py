@@ -65,7 +65,12 @@ class Model:
     def check_joinable(self) -> None:
         """Raises RefusedError, naming the architecture, if this model's caches cannot be joined."""
         if reason := _native.why_not_joinable(self.address):
-            raise RefusedError(f"{self.name}: {reason}. Text mode works with any model.")
+            raise RefusedError(f"{self.name}: {reason}. Text mode (--mode text) works with it.")
+
+    def check_generates(self) -> None:
+        """Raises RefusedError for models that do not simply continue a text (encoders, encoder-decoders)."""
+        if llama_cpp.llama_model_has_encoder(self.pointer) or not llama_cpp.llama_model_has_decoder(self.pointer):
+            raise RefusedError(f"{self.name}: '{self.arch}' models have an encoder; pyps runs decoder-only models")
 
     @functools.cached_property
     def metadata(self) -> dict[str, str]:
@@ -136,10 +141,10 @@ class Model:
         from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatter
 
         template = llama_cpp.llama_model_chat_template(self.pointer, None)
-        formatter = Jinja2ChatFormatter(
-            template.decode("utf-8") if template else CHATML_CHAT_TEMPLATE, self._eos_text(), self._bos_text()
-        )
         try:
+            formatter = Jinja2ChatFormatter(
+                template.decode("utf-8") if template else CHATML_CHAT_TEMPLATE, self._eos_text(), self._bos_text()
+            )
             return str(formatter(messages=messages).prompt)  # type: ignore[arg-type]
         except Exception as error:
             # a template is a program that came with the model: it may raise anything

@@ -44,9 +44,12 @@ def make_source(model: Model, *, kv_type: str, flash_attn: bool, unified: bool) 
 
 
 CASES = [
-    pytest.param((kv, sf, df, un), id=f"{kv}-src_{'fa' if sf else 'vt'}-dst_{'fa' if df else 'vt'}-{'unified' if un else 'streams'}")
-    for kv, sf, df, un in itertools.product(("f16", "bf16", "f32"), (False, True), (False, True), (False, True))
-]  # fmt: skip
+    pytest.param(
+        (kv_type, src_flash, dst_flash, unified), id=f"{kv_type}-fa{src_flash:d}{dst_flash:d}-unified{unified:d}"
+    )
+    for kv_type in ("f16", "bf16", "f32")
+    for src_flash, dst_flash, unified in itertools.product((False, True), repeat=3)
+]
 
 
 @pytest.fixture
@@ -59,7 +62,9 @@ def pair(tiny: Model, request: pytest.FixtureRequest) -> Iterator[Pair]:
         yield Pair(src, dst, kv_type)
 
 
-def assert_holds(ctx: Context, seq: int, layer: int, kv_type: str, parts: list[tuple[np.ndarray, np.ndarray, int]]) -> None:  # fmt: skip
+def assert_holds(
+    ctx: Context, seq: int, layer: int, kv_type: str, parts: list[tuple[np.ndarray, np.ndarray, int]]
+) -> None:
     """The sequence holds exactly these parts (K, V, first position), each value within one rounding of the type."""
     found = read(ctx, seq, layer, kv_type)
     order = np.argsort(found.rows)  # placed side by side, in the order given
@@ -82,8 +87,12 @@ def test_without_rotation_and_mapper_every_bit_is_copied(pair: Pair) -> None:
     assert placed == 35 + 30 + 26
     assert pair.dst.end(0) == 40
     for layer in range(N_LAYERS):
-        want_k = np.concatenate([before[0][layer].k_bytes[5:40], before[1][layer].k_bytes[:30], before[2][layer].k_bytes[7:33]])  # fmt: skip
-        want_v = np.concatenate([before[0][layer].v_bytes[5:40], before[1][layer].v_bytes[:30], before[2][layer].v_bytes[7:33]])  # fmt: skip
+        want_k = np.concatenate(
+            [before[0][layer].k_bytes[5:40], before[1][layer].k_bytes[:30], before[2][layer].k_bytes[7:33]]
+        )
+        want_v = np.concatenate(
+            [before[0][layer].v_bytes[5:40], before[1][layer].v_bytes[:30], before[2][layer].v_bytes[7:33]]
+        )
         found = read(pair.dst, 0, layer)
         order = np.argsort(found.rows)
         assert (found.k_bytes[order] == want_k).all()
@@ -127,7 +136,9 @@ def test_back_and_forth_returns_within_one_rounding(pair: Pair) -> None:
 def test_each_architecture_is_turned_by_its_own_rope(tmp_path: Path, arch: str, neox: bool) -> None:
     """Against llama.cpp itself: in the first layer K is a function of token and position only, so a span moved to p
     must equal the same tokens decoded at p."""
-    model = Model.load(write_model(tmp_path / "m.gguf", arch, rope__freq_base=5000.0, **{f"{arch}__rope__freq_base": 5000.0}))  # fmt: skip
+    model = Model.load(
+        write_model(tmp_path / "m.gguf", arch, rope__freq_base=5000.0, **{f"{arch}__rope__freq_base": 5000.0})
+    )
     with Context(model, 256, 2, kv_type="f32") as src, Context(model, 256, 2, kv_type="f32") as dst:
         tokens = fill(src, 0, 60)
         fill(dst, 0, 7, seed=5)
@@ -242,7 +253,9 @@ def world(tiny: Model) -> Iterator[World]:
 spans_of_source = st.tuples(st.integers(0, 2), st.integers(0, 39), st.integers(1, 40), st.integers(0, 60)).map(
     lambda t: Span(t[0], t[1], min(t[1] + t[2], 40), t[3])
 )
-joins = st.lists(st.tuples(st.integers(0, 1), st.lists(spans_of_source, min_size=1, max_size=4), st.booleans()), max_size=4)  # fmt: skip
+joins = st.lists(
+    st.tuples(st.integers(0, 1), st.lists(spans_of_source, min_size=1, max_size=4), st.booleans()), max_size=4
+)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -252,7 +265,11 @@ def test_any_joins_do_what_the_model_says(
 ) -> None:
     rng = np.random.default_rng(seed)
     world.dst.clear()
-    model: list[list[tuple[int, list[np.ndarray], list[np.ndarray]]]] = [[], []]  # per sequence: position, K, V by layer
+    # per sequence: position, K and V of each layer
+    model: list[list[tuple[int, list[np.ndarray], list[np.ndarray]]]] = [
+        [],
+        [],
+    ]
 
     def affine_for(n: int, mapped: bool) -> np.ndarray | None:
         if not mapped:
@@ -296,9 +313,7 @@ def test_any_joins_do_what_the_model_says(
         join(world.dst, world.dst, [Span(0, start, end, to)], 1, affine)
         # by position, and by cell where positions are shared: the order in which the join takes them
         for p, k, v in sorted((c for c in model[0] if start <= c[0] < end), key=lambda c: c[0]):
-            cells = [
-                moved(k[i], v[i], to - start, None if affine is None else affine[0, i]) for i in range(N_LAYERS)
-            ]
+            cells = [moved(k[i], v[i], to - start, None if affine is None else affine[0, i]) for i in range(N_LAYERS)]
             model[1].append((p + to - start, [c[0] for c in cells], [c[1] for c in cells]))
 
     for seq in range(2):

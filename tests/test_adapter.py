@@ -1,0 +1,137 @@
+"""Adapter files: what is read, what is refused, and that no file of any shape gets past us to crash llama.cpp."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import numpy as np
+import pytest
+from caches import fill, kl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import mapper_metadata, write_adapter
+
+from pyps.adapter import Adapter
+from pyps.context import Context
+from pyps.errors import InputError
+from pyps.model import Model
+
+
+def test_reads_mapper_lora_and_layout(tmp_path: Path, tiny: Model) -> None:
+    path = write_adapter(tmp_path / "a.gguf", mapper=mapper_metadata(3), pyps__layout="paper")
+    adapter = Adapter(path, tiny)
+    assert adapter.mapper is not None
+    assert adapter.lora
+    assert adapter.layout == "paper"
+    assert adapter.warnings == []
+    adapter.close()
+
+
+def test_a_lora_without_mapper_and_a_mapper_without_lora(tmp_path: Path, tiny: Model) -> None:
+    plain = Adapter(write_adapter(tmp_path / "lora.gguf", pyps__version=None), tiny)
+    assert plain.mapper is None
+    assert plain.lora
+    assert plain.layout is None
+    plain.close()
+    bare = Adapter(write_adapter(tmp_path / "mapper.gguf", lora=False, mapper=mapper_metadata(3)), tiny)
+    assert bare.mapper is not None
+    assert bare.lora is None
+    bare.close()
+
+
+def test_stock_llama_cpp_loads_it_as_an_ordinary_lora(tmp_path: Path, tiny: Model) -> None:
+    path = write_adapter(tmp_path / "a.gguf", mapper=mapper_metadata(3), pyps__layout="shared")
+    handle = llama_cpp.llama_adapter_lora_init(tiny.pointer, str(path).encode())
+    assert handle
+    llama_cpp.llama_adapter_lora_free(handle)
+
+
+def test_the_lora_is_on_in_the_contexts_that_ask_for_it(tmp_path: Path, tiny: Model) -> None:
+    adapter = Adapter(write_adapter(tmp_path / "a.gguf"), tiny)
+    logits = []
+    for use in (None, adapter, None):
+        with Context(tiny, 256, adapter=use) as ctx:
+            fill(ctx, 0, 10)
+            ctx.prefill(0, [1])
+            logits.append(ctx.logits())
+    adapter.close()
+    assert kl(logits[0], logits[1]) > 1e-3
+    assert (logits[0] == logits[2]).all()
+
+
+def test_another_base_of_the_same_shape_is_a_warning(tmp_path: Path, tiny: Model) -> None:
+    adapter = Adapter(write_adapter(tmp_path / "a.gguf", pyps__base__name="somebody-else"), tiny)
+    assert "somebody-else" in adapter.warnings[0]
+    adapter.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"arch": "qwen3"}, "made for 'qwen3' models"),
+        ({"n_embd": 48}, "cannot use this LoRA.*shape"),
+        ({"n_layers": 9}, "cannot use this LoRA.*does not exist"),
+        ({"general__type": "model"}, "not an adapter"),
+        ({"general__type": None}, "not an adapter"),
+        ({"adapter__type": "control_vector"}, "adapter.type"),
+        ({"adapter__lora__alpha": 8}, "adapter.lora.alpha must be of type FLOAT32"),
+        ({"adapter__lora__alpha": None}, "adapter.lora.alpha is missing"),
+        ({"general__type": 1}, "general.type must be of type STRING"),
+        ({"pyps__version": 2}, "pyps.version is 2"),
+        ({"pyps__layout": "sideways"}, "pyps.layout is 'sideways'"),
+        ({"mapper": {**mapper_metadata(1), "pyps.mapper.w2": [0.5]}}, r"w2 must be \[4, 32\]"),
+    ],
+)
+def test_refused(tmp_path: Path, tiny: Model, arguments: dict[str, Any], message: str) -> None:
+    path = write_adapter(tmp_path / "a.gguf", **arguments)
+    with pytest.raises(InputError, match=message) as caught:
+        Adapter(path, tiny)
+    assert str(path) in str(caught.value)
+
+
+def test_other_files_are_refused(tmp_path: Path, tiny: Model, tiny_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("GGUH, nearly")
+    for path, message in (
+        (tmp_path / "nowhere.gguf", "no such adapter file"),
+        (tmp_path, "cannot read the adapter"),
+        (text, "not a GGUF file"),
+        (tiny_path, "not an adapter"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Adapter(path, tiny)
+
+    odd = tmp_path / "odd.gguf"
+    writer = gguf.GGUFWriter(odd, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 1.0)
+    writer.add_tensor("blk.0.attn_q.weight.lora_a", np.zeros((4, 64), np.int32))
+    writer.add_tensor("blk.0.attn_q.weight.lora_b", np.zeros((64, 4), np.int32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InputError, match="LoRA tensors are F32"):
+        Adapter(odd, tiny)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_files_end_in_our_exception_or_load(tmp_path: Path, tiny: Model, data: st.DataObject) -> None:
+    """Cut anywhere, or with bytes of the header overwritten: a crash would take the test process with it."""
+    path = tmp_path / "a.gguf"
+    if not path.exists():
+        write_adapter(path, mapper=mapper_metadata(1), n_layers=1)
+    content = bytearray(path.read_bytes())
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    else:
+        for _ in range(data.draw(st.integers(1, 4))):
+            content[data.draw(st.integers(0, min(2500, len(content) - 1)))] = data.draw(st.integers(0, 255))
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(content)
+    with contextlib.suppress(InputError):
+        Adapter(damaged, tiny).close()

@@ -1,0 +1,313 @@
+"""ForkJoin on the default model: both modes, both layouts, and what is refused before any work."""
+
+import string
+import threading
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+
+import llama_cpp
+import pytest
+from tiny import mapper_metadata, write_adapter, write_model
+
+from pyps import (
+    AnswerToken,
+    Branch,
+    BranchDone,
+    BranchToken,
+    Done,
+    Event,
+    ForkJoin,
+    InputError,
+    Joined,
+    RefusedError,
+    Result,
+    Sampling,
+)
+from pyps.context import Context, Span, join
+from pyps.generate import Generation, generate
+from pyps.layout import DEFAULT_SYNTHESIZE, Layout
+
+TASK = "Which database should a small desktop app use?"
+BRANCHES = ["Argue for SQLite.", "Argue for PostgreSQL.", "Argue for DuckDB."]
+GREEDY = Sampling(temperature=0, max_tokens=40)
+
+
+@pytest.fixture(scope="module")
+def fj(smollm2_path: Path):  # type: ignore[no-untyped-def]
+    with ForkJoin.from_pretrained(str(smollm2_path)) as fj:
+        yield fj
+
+
+def test_run(fj: ForkJoin) -> None:
+    result = fj.run(TASK, BRANCHES, sampling=GREEDY, compare=True)
+    assert [b.name for b in result.branches] == ["branch-1", "branch-2", "branch-3"]
+    assert [b.prompt for b in result.branches] == BRANCHES
+    assert all(b.text and 0 < b.tokens <= 40 for b in result.branches)
+    assert result.answer
+    assert result.tokens.joined == sum(b.tokens for b in result.branches)
+    assert 0 < result.tokens.prefilled < 30
+    assert 0 < result.tokens.generated <= 40
+    t = result.timing_ms
+    assert 0 < t.join + t.prefill <= t.ttft < t.total
+    assert result.compare is not None
+    assert result.compare.answer
+    assert result.compare.tokens.joined == 0
+    assert result.compare.tokens.prefilled > result.tokens.joined
+    assert (result.mode, result.adapter, result.layout, result.interrupted) == ("cache", None, "shared", False)
+
+
+def test_events_tell_the_same_as_the_result(fj: ForkJoin) -> None:
+    texts, answers, done, order = ["", "", ""], {"cache": "", "text": ""}, {}, []
+    result: Result | None = None
+    for event in fj.stream(TASK, BRANCHES, sampling=replace(GREEDY, temperature=0.7, seed=4), compare=True):
+        order.append(type(event))
+        match event:
+            case BranchToken(branch, text):
+                texts[branch] += text
+            case BranchDone(branch, branch_result):
+                done[branch] = branch_result
+            case AnswerToken(text, mode):
+                answers[mode] += text
+            case Joined(tokens, _):
+                assert tokens == sum(b.tokens for b in done.values())
+            case Done():
+                result = event.result
+    assert result is not None
+    assert order[-1] is Done
+    assert order.count(Joined) == 1
+    assert texts == [b.text for b in result.branches]
+    assert [done[i] for i in range(3)] == list(result.branches)
+    assert answers["cache"] == result.answer
+    assert result.compare is not None
+    assert answers["text"] == result.compare.answer
+
+
+def test_same_seed_same_result(fj: ForkJoin) -> None:
+    sampling = Sampling(seed=11, max_tokens=24)
+    first, second = (fj.run(TASK, BRANCHES, sampling=sampling) for _ in range(2))
+    assert first.branches == second.branches
+    assert first.answer == second.answer
+    assert fj.run(TASK, BRANCHES, sampling=replace(sampling, seed=12)).branches != first.branches
+
+
+def test_samples_of_one_question_differ(fj: ForkJoin) -> None:
+    result = fj.run("Name an animal.", [Branch()] * 4, sampling=Sampling(temperature=1.5, seed=1, max_tokens=12))
+    assert len({b.text for b in result.branches}) > 1
+
+
+def test_branches_have_names_and_sampling_of_their_own(fj: ForkJoin) -> None:
+    branches = [Branch("One.", name="short", sampling=replace(GREEDY, max_tokens=3)), Branch("Two.", name="long")]
+    result = fj.run(TASK, branches, sampling=GREEDY)
+    assert [b.name for b in result.branches] == ["short", "long"]
+    assert (result.branches[0].tokens, result.branches[0].finish_reason) == (3, "length")
+
+
+def test_text_mode(fj: ForkJoin) -> None:
+    cache = fj.run(TASK, BRANCHES, sampling=GREEDY, compare=True)
+    text = fj.run(TASK, BRANCHES, sampling=GREEDY, mode="text")
+    assert text.branches == cache.branches
+    assert cache.compare is not None
+    assert text.answer == cache.compare.answer
+    assert (text.tokens, text.mode) == (cache.compare.tokens, "text")
+
+
+def test_the_text_baseline_reads_exactly_its_prompt(fj: ForkJoin) -> None:
+    """Flash attention for reading and the move to another context must not change what is answered: the same first
+    token as one plain prefill of the whole prompt."""
+    result = fj.run(TASK, BRANCHES, sampling=GREEDY, mode="text", answer=Sampling(temperature=0, max_tokens=1))
+    layout = Layout(fj.model, "shared", TASK, None, DEFAULT_SYNTHESIZE)
+    tail = layout.pasted([b.name for b in result.branches], [b.text for b in result.branches])
+    with Context(fj.model, 1024) as ctx:
+        ctx.prefill(0, layout.prompts([""]).prefix + tail)
+        first = int(ctx.logits().argmax())
+    assert fj.model.piece(first).decode() == result.answer
+
+
+@pytest.mark.parametrize("layout", ["shared", "paper"])
+def test_the_synthesizer_reads_what_the_layout_says(fj: ForkJoin, layout: str) -> None:
+    """The first answer token, against the same cells placed by hand."""
+    with_layout = ForkJoin(fj.model, layout=layout)  # not closed: the model is the fixture's
+    result = with_layout.run(TASK, BRANCHES, sampling=GREEDY, answer=Sampling(temperature=0, max_tokens=1))
+    prompts = Layout(fj.model, layout, TASK, None, DEFAULT_SYNTHESIZE).prompts(BRANCHES)
+    n_prefix = len(prompts.prefix)
+    with Context(fj.model, 512, 3) as branches, Context(fj.model, 1024) as synthesizer:
+        spans = []
+        for seq, (prompt, b) in enumerate(zip(prompts.branches, result.branches, strict=True)):
+            output = fj.model.tokenize(b.text)
+            assert len(output) == b.tokens
+            branches.prefill(seq, prompts.prefix + prompt + output)
+            start = n_prefix + len(prompt)
+            spans.append(Span(seq, start, start + len(output), prompts.branch_point))
+        if layout == "shared":
+            synthesizer.prefill(0, prompts.prefix)
+        join(branches, synthesizer, spans)
+        synthesizer.prefill(0, prompts.synthesizer)
+        first = int(synthesizer.logits().argmax())
+    assert fj.model.piece(first).decode() == result.answer
+
+
+def test_an_empty_branch_is_joined_as_empty(fj: ForkJoin) -> None:
+    """A stop text at the very beginning leaves nothing to join."""
+    everything = tuple(string.ascii_letters + string.digits + string.punctuation + " \n")
+    silent = Branch("x", sampling=Sampling(temperature=0, stop=everything))
+    one = fj.run(TASK, [silent, "Argue for SQLite."], sampling=GREEDY)
+    assert (one.branches[0].text, one.branches[0].tokens, one.branches[0].finish_reason) == ("", 0, "stop")
+    assert one.tokens.joined == one.branches[1].tokens
+    for layout in ("shared", "paper"):
+        none = ForkJoin(fj.model, layout=layout).run(TASK, [silent, silent], sampling=GREEDY)
+        assert none.tokens.joined == 0
+        assert none.answer
+
+
+def test_stopped_in_the_branches_and_in_the_answer(fj: ForkJoin) -> None:
+    for limit in (6, 3 * 40 + 5):
+        seen: list[Event] = []
+        events = fj.stream(
+            TASK,
+            BRANCHES,
+            sampling=replace(GREEDY, ignore_eos=True),
+            stopped=lambda seen=seen, limit=limit: len(seen) >= limit,  # type: ignore[misc]
+        )
+        result: Result | None = None
+        for event in events:
+            if isinstance(event, BranchToken | AnswerToken):
+                seen.append(event)
+            elif isinstance(event, Done):
+                result = event.result
+        assert result is not None
+        assert result.interrupted
+        assert all(b.text for b in result.branches)
+        assert bool(result.answer) == (limit > 100)
+
+
+def test_a_stream_that_is_dropped_frees_its_contexts(fj: ForkJoin) -> None:
+    for _ in range(3):
+        events = fj.stream(TASK, BRANCHES, sampling=GREEDY)
+        next(events)
+        events.close()
+    assert fj.run(TASK, BRANCHES, sampling=GREEDY).answer
+
+
+def test_on_an_existing_llama(smollm2_path: Path, fj: ForkJoin) -> None:
+    llama = llama_cpp.Llama(str(smollm2_path), n_ctx=256, verbose=False)
+    before = llama("The capital of France is", max_tokens=8, temperature=0)["choices"][0]["text"]
+    with ForkJoin(llama=llama) as borrowed:
+        result = borrowed.run(TASK, BRANCHES, sampling=GREEDY)
+    assert result.branches == fj.run(TASK, BRANCHES, sampling=GREEDY).branches
+    assert llama("The capital of France is", max_tokens=8, temperature=0)["choices"][0]["text"] == before
+    llama.close()
+
+
+def test_from_several_threads(tiny_path: Path) -> None:
+    with ForkJoin.from_pretrained(str(tiny_path), threads=1) as fj:
+        sampling = Sampling(seed=1, max_tokens=30)
+        want = fj.run(TASK, BRANCHES, sampling=sampling)
+        got: list[Result] = []
+
+        def work() -> None:
+            got.append(fj.run(TASK, BRANCHES, sampling=sampling))
+
+        workers = [threading.Thread(target=work) for _ in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    assert len(got) == 4
+    assert all((g.branches, g.answer) == (want.branches, want.answer) for g in got)
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "bf16"])
+def test_kv_types(smollm2_path: Path, kv_type: str) -> None:
+    with ForkJoin.from_pretrained(str(smollm2_path), kv_type=kv_type) as fj:
+        assert fj.run(TASK, BRANCHES, sampling=GREEDY).answer
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "smollm3"])
+def test_each_architecture(tmp_path: Path, arch: str) -> None:
+    with ForkJoin.from_pretrained(str(write_model(tmp_path / "m.gguf", arch))) as fj:
+        result = fj.run(TASK, BRANCHES, sampling=GREEDY, compare=True)
+        assert result.tokens.joined == sum(b.tokens for b in result.branches)
+
+
+@pytest.mark.parametrize("arch", ["mamba", "jamba", "deepseek2", "qwen2vl", "gpt2", "gemma3"])
+def test_models_that_cannot_be_joined_still_have_text_mode(tmp_path: Path, arch: str) -> None:
+    with ForkJoin.from_pretrained(str(write_model(tmp_path / "m.gguf", arch))) as fj:
+        with pytest.raises(RefusedError, match=f"'{arch}'"):
+            fj.run(TASK, BRANCHES, sampling=GREEDY)
+        assert fj.run(TASK, BRANCHES, sampling=GREEDY, mode="text").tokens.prefilled > 0
+
+
+def test_an_adapter_is_used_by_the_synthesizer_only(tmp_path: Path, tiny_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "a.gguf", mapper=mapper_metadata(5), pyps__layout="paper")
+    sampling = Sampling(temperature=0, max_tokens=20, ignore_eos=True)
+    with ForkJoin.from_pretrained(str(tiny_path), layout="paper") as plain:
+        without = plain.run(TASK, BRANCHES, sampling=sampling)
+    with ForkJoin.from_pretrained(str(tiny_path), adapter=adapter) as fj:
+        assert fj.layout == "paper"
+        result = fj.run(TASK, BRANCHES, sampling=sampling, compare=True)
+        assert result.adapter == str(adapter)
+        assert result.branches == without.branches
+        assert result.answer != without.answer
+
+        # by hand: mapper on the joined cells, LoRA on in the synthesizer
+        prompts = Layout(fj.model, "paper", TASK, None, DEFAULT_SYNTHESIZE).prompts(BRANCHES)
+        assert fj.adapter is not None
+        assert fj.adapter.mapper is not None
+        answers = []
+        for use_mapper in (True, False):
+            with Context(fj.model, 512, 3) as branches, Context(fj.model, 1024, adapter=fj.adapter) as synthesizer:
+                generations = [
+                    Generation(branches, i, prompts.prefix + p, sampling) for i, p in enumerate(prompts.branches)
+                ]
+                deque(generate(branches, generations), maxlen=0)
+                affine = fj.adapter.mapper.coefficients([len(g.tokens) for g in generations], 4)
+                spans = [Span(g.seq, g.start, g.end, 0) for g in generations]
+                join(branches, synthesizer, spans, 0, affine if use_mapper else None)
+                answer = Generation(synthesizer, 0, prompts.synthesizer, sampling)
+                deque(generate(synthesizer, [answer]), maxlen=0)
+                answers.append(answer.text)
+    assert answers[0] == result.answer
+    assert answers[1] != result.answer, "the mapper makes a difference"
+
+
+def test_refused_before_any_work(fj: ForkJoin, tmp_path: Path) -> None:
+    cases = [
+        (dict(branches=[]), "no branches"),
+        (dict(branches=["x"] * 257), "257 branches are too many"),
+        (dict(task="  "), "task is empty"),
+        (dict(mode="magic"), "choose 'cache' or 'text'"),
+        (dict(mode="text", compare=True), "compare"),
+        (dict(sampling=Sampling(max_tokens=9000)), r"may need 9,0\d\d positions.*trained on 8,192"),
+    ]
+    for changes, message in cases:
+        arguments = {"task": TASK, "branches": BRANCHES, **changes}
+        with pytest.raises(InputError, match=message):
+            fj.stream(**arguments)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="one of the two"):
+        ForkJoin()
+    small = ForkJoin(fj.model, n_ctx=256)
+    with pytest.raises(InputError, match=r"the synthesizer may need \d\d\d cells; the limit given is 256"):
+        small.stream(TASK, ["a"] * 20, sampling=GREEDY)
+    with pytest.raises(InputError, match="a branch may need 304 cells; the limit given is 256"):
+        small.stream(TASK, BRANCHES)
+    assert small.run("Hi", ["a", "b"], sampling=replace(GREEDY, max_tokens=20)).answer is not None
+    with pytest.raises(InputError, match="no such adapter file"):
+        ForkJoin(fj.model, adapter=tmp_path / "nowhere.gguf")
+
+
+def test_a_closed_fork_join(tiny_path: Path) -> None:
+    fj = ForkJoin.from_pretrained(str(tiny_path))
+    fj.close()
+    with pytest.raises(InputError, match="closed"):
+        fj.run(TASK, BRANCHES)
+
+
+def test_the_synthesizer_may_hold_more_cells_than_positions(tiny_path: Path) -> None:
+    """Joined spans share positions: branches that together exceed the trained length still fit."""
+    with ForkJoin.from_pretrained(str(tiny_path)) as fj:
+        sampling = Sampling(temperature=0, max_tokens=600, ignore_eos=True)
+        result = fj.run("Go", ["a", "b", "c", "d"], sampling=sampling, answer=Sampling(temperature=0, max_tokens=4))
+        assert result.tokens.joined == 2400 > fj.model.n_ctx_train
+        with pytest.raises(InputError, match="text synthesis may need"):
+            fj.run("Go", ["a", "b", "c", "d"], sampling=sampling, mode="text")
