@@ -34,9 +34,8 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_FIND_LINKS="$(WHEELS) $(PIP_FIND_LINK
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
-	$(BIN)/pyps run "Which database should a small desktop app use?" \
-	  --branch "Argue for SQLite." --branch "Argue for PostgreSQL." --branch "Argue for DuckDB." \
-	  --compare --seed 2
+	$(BIN)/pyps run "How can I sleep better?" --branch "Talk about food and drink." \
+	  --branch "Talk about light and screens." --branch "Talk about exercise." --compare --temperature 0.3 --seed 1
 
 test: lint
 	$(BIN)/python -m pytest

@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -108,6 +109,9 @@ class _Interrupt:
 @click.option("--top-k", type=int, default=_DEFAULTS.top_k, show_default=True, help="0: off.")
 @click.option("--top-p", type=float, default=_DEFAULTS.top_p, show_default=True, help="1: off.")
 @click.option("--min-p", type=float, default=_DEFAULTS.min_p, show_default=True, help="0: off.")
+@click.option(
+    "--repeat-penalty", type=float, default=_DEFAULTS.repeat_penalty, show_default=True, help="Against loops; 1: off."
+)
 @click.option("--stop", multiple=True, metavar="TEXT", help="End a branch at this text; may be repeated.")
 @click.option("--seed", type=int, help="Branches take consecutive seeds from here. Default: a new one each time.")
 @click.option(
@@ -140,6 +144,7 @@ def run(
     top_k: int,
     top_p: float,
     min_p: float,
+    repeat_penalty: float,
     stop: tuple[str, ...],
     seed: int | None,
     n_ctx: int | None,
@@ -156,8 +161,8 @@ def run(
     """
     text = _read_task(task, file)
     branches = _branches(instructions, samples)
-    sampling = Sampling(temperature, top_k, top_p, min_p, seed, max_tokens, stop)
-    answer = Sampling(temperature, top_k, top_p, min_p, seed, max_tokens if answer_tokens is None else answer_tokens)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed, max_tokens, stop)
+    answer = replace(sampling, max_tokens=max_tokens if answer_tokens is None else answer_tokens, stop=())
 
     notes = Console(stderr=True)
     with progress_bar(notes) as report:

@@ -1,9 +1,11 @@
 """What `pyps run` shows to people: live columns on a terminal, plain text into a pipe."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -100,6 +102,8 @@ class LiveDisplay:
         self._live: Live | None = Live(console=console, refresh_per_second=12, get_renderable=self._panels)
         self._live.start()
         self._mode: str | None = None
+        self._word = ""  # streamed, but not yet printed
+        self._column = 0
 
     def _panels(self, whole: bool = False) -> Table:
         columns = max(1, min(len(self._texts), self._console.width // _PANEL_WIDTH))
@@ -140,16 +144,28 @@ class LiveDisplay:
             if self._mode != event.mode:
                 self._end_live()
                 if self._mode is not None:
-                    self._console.print("\n")
+                    self._stream("\n\n")
                 self._mode = event.mode
                 self._console.rule("answer" if event.mode == "cache" else "answer from text", align="left")
-            self._console.print(Text(event.text), end="", soft_wrap=True)
+            self._stream(event.text)
         elif isinstance(event, Done):
             self._end_live()
-            self._console.print("\n")
+            self._stream("\n\n")
             if event.result.interrupted:
                 self._console.print(Text("interrupted: this is what there is", style="yellow"))
             self._console.print(Group(Text(summary(event.result), style="bold")))
+
+    def _stream(self, text: str) -> None:
+        """Print text as it comes, whole words to a line: a word is held back until its end is known."""
+        *complete, self._word = re.split(r"(\s)", self._word + text)
+        for part in complete:
+            width = cell_len(part)
+            if part != "\n" and self._column + width > self._console.width:
+                self._console.print()
+                self._column = 0
+                part = part.lstrip()
+            self._console.print(Text(part), end="", soft_wrap=True)
+            self._column = 0 if part == "\n" else self._column + width
 
     def _end_live(self) -> None:
         """Replace the panels that follow by panels with the whole texts."""

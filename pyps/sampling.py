@@ -11,6 +11,8 @@ from pyps.context import Context
 from pyps.errors import InputError
 from pyps.model import Model
 
+_REPEAT_LAST_N = 64
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -21,6 +23,7 @@ class Sampling:
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the most likely tokens that together have this probability; 1 keeps all.
         min_p: keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
+        repeat_penalty: how much less likely a token of the last 64 becomes; 1 is off. Small models loop without it.
         seed: None draws a new one each time.
         max_tokens: the generation ends here with finish reason "length".
         stop: texts that end the generation; they are not part of its text.
@@ -34,6 +37,7 @@ class Sampling:
     top_k: int = 40
     top_p: float = 0.95
     min_p: float = 0.05
+    repeat_penalty: float = 1.1
     seed: int | None = None
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
@@ -47,6 +51,8 @@ class Sampling:
         for name in ("top_p", "min_p"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        if not 0 < self.repeat_penalty <= 10:
+            raise InputError(f"repeat_penalty must be more than 0 (1 is off) and at most 10, not {self.repeat_penalty}")
         if self.seed is not None and not 0 <= self.seed < 2**32 - 1:
             raise InputError(f"seed must be between 0 and {2**32 - 2}, not {self.seed}")
         if not 1 <= self.max_tokens < 2**20:
@@ -72,6 +78,9 @@ class Sampler:
             never = [llama_cpp.llama_logit_bias(token, -math.inf) for token in ends]
             biases = (llama_cpp.llama_logit_bias * len(never))(*never)
             links.append(llama_cpp.llama_sampler_init_logit_bias(model.n_vocab, len(never), biases))
+        links.append(
+            llama_cpp.llama_sampler_init_penalties(model.n_vocab, _REPEAT_LAST_N, sampling.repeat_penalty, 0.0, 0.0)
+        )
         if sampling.temperature == 0:
             links.append(llama_cpp.llama_sampler_init_greedy())
         else:
