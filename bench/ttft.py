@@ -48,14 +48,11 @@ def text_side_ms(fj: ForkJoin, result, flash_attn: bool) -> float:  # type: igno
 
 def cache_bytes(fj: ForkJoin, branches: int, tokens: int) -> int:
     """K and V of the branches' and the synthesizer's context, at the sizes the job gives them (f16)."""
-    meta = fj.model.metadata
-    layers, heads = int(meta[f"{fj.model.arch}.block_count"]), int(meta[f"{fj.model.arch}.attention.head_count_kv"])
-    width = int(meta[f"{fj.model.arch}.embedding_length"]) // int(meta[f"{fj.model.arch}.attention.head_count"])
     prompts = Layout(fj.model, fj.layout, TASK, None, DEFAULT_SYNTHESIZE).prompts(instructions(branches))
     branch = len(prompts.prefix) + max(map(len, prompts.branches)) + tokens
     synthesizer = prompts.branch_point + branches * tokens + len(prompts.synthesizer) + 1
     cells = branches * (-(-branch // 256) * 256) + -(-synthesizer // 256) * 256
-    return cells * layers * 2 * heads * width * 2
+    return cells * 2 * fj.model.n_layer * fj.model.n_embd_kv * 2
 
 
 def peak_memory(arguments: argparse.Namespace) -> dict[str, float]:

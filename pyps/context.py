@@ -29,6 +29,8 @@ KV_TYPES = {
 
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 
+_CELL_BYTES = 64  # what llama.cpp notes about a cell, about: positions, sequences
+
 BATCH = 512  # most tokens that llama.cpp computes at once; measured: 1,024 is slower on a CPU
 
 
@@ -101,12 +103,13 @@ class Context:
             raise InputError(f"threads must be between 1 and 512, not {threads}")
         self.model = model
         self.n_seq = n_seq
-        model.address  # noqa: B018  # raises if closed
+        model.check_open()
+
+        cells = n_ctx if unified else (n_ctx + 255) // 256 * 256 * n_seq
+        _check_memory(model, cells, kv_type)
 
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = n_ctx * n_seq if not unified else n_ctx
-        if not unified:
-            params.n_ctx = (n_ctx + 255) // 256 * 256 * n_seq
+        params.n_ctx = cells
         params.n_seq_max = n_seq
         params.kv_unified = unified
         params.n_batch = params.n_ubatch = BATCH
@@ -163,27 +166,26 @@ class Context:
         return int(ctypes.cast(self.pointer, ctypes.c_void_p).value or 0)
 
     def _check_seq(self, seq: int) -> None:
-        # llama.cpp aborts the process on an unknown sequence
+        """llama.cpp aborts the process on an unknown sequence."""
+        if self._pointer is None:
+            raise InputError("the context is closed")
         if not 0 <= seq < self.n_seq:
             raise InputError(f"sequence {seq} does not exist: this context has sequences 0 to {self.n_seq - 1}")
 
     def end(self, seq: int) -> int:
         """The position after the last of the sequence; 0 if it is empty."""
         self._check_seq(seq)
-        self.pointer  # noqa: B018
         return int(llama_cpp.llama_memory_seq_pos_max(self._memory, seq)) + 1
 
     def remove(self, seq: int, p0: int = 0, p1: int = -1) -> None:
         """Forget positions [p0, p1) of the sequence; p1 = -1 means to the end."""
         self._check_seq(seq)
-        self.pointer  # noqa: B018
         llama_cpp.llama_memory_seq_rm(self._memory, seq, p0, p1)
 
     def copy(self, src: int, dst: int) -> None:
         """Make sequence dst a copy of src: llama.cpp copies the whole stream, whatever its length."""
         self._check_seq(src)
         self._check_seq(dst)
-        self.pointer  # noqa: B018
         llama_cpp.llama_memory_seq_cp(self._memory, src, dst, -1, -1)
 
     def clear(self) -> None:
@@ -248,6 +250,17 @@ class Context:
 
     def synchronize(self) -> None:
         llama_cpp.llama_synchronize(self.pointer)
+
+
+def _check_memory(model: Model, cells: int, kv_type: str) -> None:
+    """Raises InputError if K and V alone would not fit into this machine: llama.cpp would try, and be killed for it."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    per_cell = 2 * model.n_layer * model.n_embd_kv * (4 if kv_type == "f32" else 2)
+    if cells * (per_cell + _CELL_BYTES) > physical:
+        raise InputError(
+            f"{cells:,} cells of K and V ({kv_type}) need {cells * (per_cell + _CELL_BYTES) / 1e9:,.0f} GB; this "
+            f"machine has {physical / 1e9:,.0f} GB: use fewer or shorter sequences"
+        )
 
 
 def _even_chunks(tokens: Sequence[Token], most: int) -> Iterable[Sequence[Token]]:

@@ -58,9 +58,13 @@ class Model:
     @property
     def address(self) -> int:
         """The llama_model's address, for the extension. Raises InputError once closed."""
+        self.check_open()
+        return int(ctypes.cast(self.pointer, ctypes.c_void_p).value or 0)
+
+    def check_open(self) -> None:
+        """Raises InputError once the model is closed."""
         if self._closed:
             raise InputError("the model is closed")
-        return int(ctypes.cast(self.pointer, ctypes.c_void_p).value or 0)
 
     def check_joinable(self) -> None:
         """Raises RefusedError, naming the architecture, if this model's caches cannot be joined."""
@@ -69,6 +73,7 @@ class Model:
 
     def check_generates(self) -> None:
         """Raises RefusedError for models that do not simply continue a text (encoders, encoder-decoders)."""
+        self.check_open()
         if llama_cpp.llama_model_has_encoder(self.pointer) or not llama_cpp.llama_model_has_decoder(self.pointer):
             raise RefusedError(f"{self.name}: '{self.arch}' models have an encoder; pyps runs decoder-only models")
 
@@ -95,6 +100,21 @@ class Model:
         return int(llama_cpp.llama_vocab_n_tokens(self.vocab))
 
     @property
+    def n_layer(self) -> int:
+        return int(llama_cpp.llama_model_n_layer(self.pointer))
+
+    @property
+    def n_embd_kv(self) -> int:
+        """Channels of all K heads of a layer."""
+        n_head = int(llama_cpp.llama_model_n_head(self.pointer)) or 1  # recurrent models have none
+        head = self.metadata.get(f"{self.arch}.attention.key_length") or self.n_embd // n_head
+        return int(llama_cpp.llama_model_n_head_kv(self.pointer)) * int(head)
+
+    @property
+    def n_embd(self) -> int:
+        return int(llama_cpp.llama_model_n_embd(self.pointer))
+
+    @property
     def n_ctx_train(self) -> int:
         """Positions the model was trained on."""
         return int(llama_cpp.llama_model_n_ctx_train(self.pointer))
@@ -102,7 +122,7 @@ class Model:
     def tokenize(self, text: str, *, start: bool = False) -> list[int]:
         """Tokens of text; special tokens in it (`<|im_end|>`) are recognised. `start`: add what the vocabulary puts
         at the start of a sequence, unless the text has it already (chat templates often do)."""
-        data = text.encode("utf-8")
+        data = text.encode("utf-8", "replace")  # llama.cpp's tokenizer throws on what is not UTF-8
         if start and (bos := self._bos_text()) and text.startswith(bos):
             start = False
         size = len(data) + 8

@@ -1,0 +1,256 @@
+"""The command line, as a subprocess: what people and programs see, and how mistakes end."""
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import mapper_metadata, write_adapter, write_model
+
+TASK = "Which database should a small desktop app use?"
+BRANCHES = ["--branch", "Argue for SQLite.", "--branch", "Argue for PostgreSQL."]
+QUICK = ["--seed", "1", "--max-tokens", "24"]
+PYPS = [sys.executable, "-m", "pyps.cli"]
+Done = subprocess.CompletedProcess[str]
+
+
+def pyps(
+    *arguments: str, stdin: str | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PYPS, *arguments],
+        input=stdin,
+        stdin=subprocess.DEVNULL if stdin is None else None,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **(env or {})},
+        check=False,
+    )
+
+
+def test_plain_text_into_a_pipe() -> None:
+    done = pyps("run", TASK, *BRANCHES, *QUICK, "--compare")
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert "\r" not in done.stdout
+    parts = re.findall(r"^\[(branch-1|branch-2|answer|answer from text)\]", done.stdout, re.MULTILINE)
+    assert parts == ["branch-1", "branch-2", "answer", "answer from text"]
+    cache = r"^joined \d+ tokens in \d+ ms, read \d+; first token after \d+ ms, \d+\.\d s in all"
+    text = r"\. From text: read \d+; first token after \d+ ms \(\d+\.\d times as long\)$"
+    assert re.search(cache + text, done.stdout, re.MULTILINE)
+
+
+def test_json_keeps_its_contract() -> None:
+    done = pyps("run", TASK, *BRANCHES, *QUICK, "--compare", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    timing = {"branches", "join", "prefill", "ttft", "total"}
+    tokens = {"joined", "prefilled", "generated"}
+    assert {"model", "adapter", "mode", "answer", "branches", "tokens", "timing_ms", "compare"} <= set(result)
+    assert isinstance(result["model"], str)
+    assert result["adapter"] is None
+    assert result["mode"] == "cache"
+    assert isinstance(result["answer"], str)
+    assert set(result["tokens"]) == set(result["compare"]["tokens"]) == tokens
+    assert set(result["timing_ms"]) == set(result["compare"]["timing_ms"]) == timing
+    assert all(isinstance(v, float) for v in result["timing_ms"].values())
+    assert [b["prompt"] for b in result["branches"]] == BRANCHES[1::2]
+    for branch in result["branches"]:
+        assert set(branch) == {"name", "prompt", "text", "tokens", "finish_reason"}
+        assert branch["finish_reason"] in ("stop", "length")
+    alone = json.loads(pyps("run", TASK, *BRANCHES, *QUICK, "--json").stdout)
+    assert alone["compare"] is None
+    assert alone["answer"] == result["answer"]
+    text = json.loads(pyps("run", TASK, *BRANCHES, *QUICK, "--json", "--mode", "text").stdout)
+    assert (text["mode"], text["tokens"]["joined"], text["timing_ms"]["join"]) == ("text", 0, 0.0)
+    assert text["answer"] == result["compare"]["answer"]
+
+
+def test_the_task_from_a_file_and_from_standard_input(tmp_path: Path) -> None:
+    file = tmp_path / "task.txt"
+    file.write_text(TASK + "\n")
+    outputs = [
+        pyps("run", *source, *BRANCHES, *QUICK, "--json", stdin=stdin)
+        for source, stdin in ((["--file", str(file)], None), (["--file", "-"], TASK), (["-"], TASK), ([TASK], None))
+    ]
+    assert len({json.loads(o.stdout)["answer"] for o in outputs}) == 1
+
+
+def test_samples_of_one_question() -> None:
+    done = pyps("run", "Name an animal.", "--branches", "3", "--temperature", "1.5", *QUICK, "--json")
+    assert len({b["text"] for b in json.loads(done.stdout)["branches"]}) > 1
+
+
+def test_options_reach_their_place(tmp_path: Path, tiny_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "a.gguf", mapper=mapper_metadata(1), pyps__layout="paper", pyps__base__name="x")
+    options = ["--model", str(tiny_path), "--adapter", str(adapter), "--system", "Be brief.", "--synthesize", "Decide."]
+    options += ["--top-k", "0", "--top-p", "1", "--min-p", "0", "--repeat-penalty", "1", "--threads", "1"]
+    options += ["--kv-type", "f32", "--ctx", "600", "--answer-tokens", "5", "--stop", "zzz"]
+    done = pyps("run", TASK, *BRANCHES, *QUICK, *options, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["adapter"], result["layout"]) == (str(adapter), "paper")
+    assert result["tokens"]["generated"] <= 5
+    assert "trained on 'x'; this model is 'tiny-llama'" in done.stderr
+
+
+def test_an_empty_branch_is_said() -> None:
+    done = pyps("run", TASK, *BRANCHES, *QUICK, "--stop", "A", "--stop", "e", "--stop", " ", "--stop", "P")
+    assert done.returncode == 0, done.stderr
+    assert "said nothing: joined as empty" in done.stdout
+
+
+def test_on_a_terminal() -> None:
+    """Branches side by side, then the answer, then the line of savings."""
+    screen = ""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.update(TERM="xterm-256color", COLUMNS="100", LINES="30")
+        os.execv(PYPS[0], [*PYPS, "run", TASK, *BRANCHES, *QUICK])
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        if not select.select([terminal], [], [], 1)[0]:
+            continue
+        try:
+            data = os.read(terminal, 65536)
+        except OSError:  # how Linux says that the other side is closed
+            break
+        if not data:
+            break
+        screen += data.decode("utf-8", "replace")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert "\x1b[" in screen
+    titles = [line for line in screen.splitlines() if "Argue for SQLite." in line and "Argue for PostgreSQL." in line]
+    assert len(titles) > 2, "drawn again and again, side by side"
+    assert "answer" in screen
+    assert re.search(r"joined \d+ tokens in", screen)
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_ctrl_c_ends_with_what_there_is(as_json: bool) -> None:
+    # any token at all is as likely as any other: the end of a turn will not come by chance
+    endless = ["--max-tokens", "3000", "--temperature", "100", "--top-k", "0", "--top-p", "1", "--min-p", "0"]
+    arguments = ["run", TASK, *BRANCHES, *endless]
+    process = subprocess.Popen(
+        [*PYPS, *arguments, *(["--json"] if as_json else [])], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    if as_json:
+        result = json.loads(output)
+        assert result["interrupted"] is True
+        assert len(result["branches"]) == 2
+    else:
+        assert "interrupted: this is what there is" in output
+        assert "[branch-2]" in output
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "text.gguf").write_text("This is not a model.")
+    (folder / "empty.gguf").write_bytes(b"")
+    whole = tiny_path.read_bytes()
+    (folder / "cut.gguf").write_bytes(whole[: len(whole) // 2])
+    (folder / "header.gguf").write_bytes(whole[:300])
+    write_adapter(folder / "qwen3.gguf", arch="qwen3")
+    write_adapter(folder / "wide.gguf", n_embd=128)
+    write_adapter(folder / "mapper.gguf", mapper={**mapper_metadata(1), "pyps.mapper.b2": [1.0]})
+    adapter = write_adapter(folder / "good.gguf").read_bytes()
+    (folder / "cut-adapter.gguf").write_bytes(adapter[: len(adapter) - 500])
+    write_model(folder / "mamba.gguf", "mamba")
+    (folder / "latin1.txt").write_bytes(b"\xe9t\xe9")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("TASK BRANCHES --model nowhere.gguf", "nowhere.gguf: no such model file"),
+        ("TASK BRANCHES --model text.gguf", "text.gguf: not a GGUF file"),
+        ("TASK BRANCHES --model empty.gguf", "empty.gguf: not a GGUF file"),
+        ("TASK BRANCHES --model cut.gguf", "cut.gguf: llama.cpp cannot load this model"),
+        ("TASK BRANCHES --model header.gguf", "header.gguf: llama.cpp cannot load this model"),
+        ("TASK BRANCHES --model mamba.gguf", "'mamba' models cannot be joined: it keeps a recurrent state"),
+        ("TASK BRANCHES --model hf:nobody/nothing:Q8_0", "cannot be fetched from the hub"),
+        ("TASK BRANCHES --model hf:nobody", "write hf:OWNER/REPO:FILE.gguf"),
+        ("TASK BRANCHES --model TINY --adapter nowhere.gguf", "nowhere.gguf: no such adapter file"),
+        ("TASK BRANCHES --model TINY --adapter text.gguf", "text.gguf: not a GGUF file"),
+        ("TASK BRANCHES --model TINY --adapter cut-adapter.gguf", "cut-adapter.gguf: the file is"),
+        ("TASK BRANCHES --model TINY --adapter qwen3.gguf", "made for 'qwen3' models"),
+        ("TASK BRANCHES --model TINY --adapter wide.gguf", "cannot use this LoRA"),
+        ("TASK BRANCHES --model TINY --adapter mapper.gguf", "pyps.mapper.b2"),
+        ("TASK", "there are no branches"),
+        ("TASK --branches 0", "at least 1"),
+        ("TASK --branches 300 --model TINY", "300 branches are too many"),
+        ("TASK BRANCHES --branches 2", "not both"),
+        ("BRANCHES", "give a task"),
+        ("TASK --file latin1.txt BRANCHES", "not both"),
+        ("--file latin1.txt BRANCHES", "cannot be read"),
+        ("--file nowhere.txt BRANCHES", "cannot be read"),
+        ("EMPTY BRANCHES --model TINY", "the task is empty"),
+        ("TASK BRANCHES --model TINY --ctx 100", "may need"),
+        ("TASK BRANCHES --model TINY --ctx 0", "n_ctx must be positive"),
+        ("TASK BRANCHES --model TINY --max-tokens 5000", "was trained on 2,048"),
+        ("TASK BRANCHES --model TINY --max-tokens 0", "max_tokens must be at least 1"),
+        ("TASK BRANCHES --model TINY --threads 0", "threads must be between"),
+        ("TASK BRANCHES --model TINY --kv-type q8_0", "'q8_0' is not one of"),
+        ("TASK BRANCHES --model TINY --temperature -1", "temperature must be"),
+        ("TASK BRANCHES --model TINY --seed -5", "seed must be"),
+        ("TASK BRANCHES --model TINY --mode text --compare", "compare"),
+        ("TASK BRANCHES --no-such-option", "No such option"),
+    ],
+)
+def test_mistakes_end_with_one_clear_line(files: Path, tiny_path: Path, arguments: str, message: str) -> None:
+    words: list[str] = []
+    for word in arguments.split():
+        expanded = {"TASK": [TASK], "BRANCHES": BRANCHES, "TINY": [str(tiny_path)], "EMPTY": [" "]}.get(word, [word])
+        words += [str(files / w) if w.endswith((".gguf", ".txt")) and "/" not in w else w for w in expanded]
+    done = pyps("run", *words, env={"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_arguments_that_are_not_text() -> None:
+    """Bytes that are not UTF-8 end up as question marks, not as an exception."""
+    command = [*PYPS, "run", b"caf\xe9 or tea?", "--branch", b"x\xff", *QUICK]
+    for more in ([], ["--json"]):
+        done = subprocess.run([*command, *more], capture_output=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+
+
+def test_help_and_version() -> None:
+    assert "run" in pyps("--help").stdout
+    text = pyps("run", "--help").stdout
+    for option in (
+        "--branch",
+        "--branches",
+        "--file",
+        "--system",
+        "--synthesize",
+        "--model",
+        "--adapter",
+        "--mode",
+        "--layout",
+        "--compare",
+        "--ctx",
+        "--threads",
+        "--kv-type",
+        "--seed",
+        "--json",
+    ):
+        assert option in text
+    assert re.match(r"pyps, version \d+\.\d+\.\d+", pyps("--version").stdout)

@@ -1,0 +1,74 @@
+"""Loading models and their tokens."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pyps.context import Context
+from pyps.errors import InputError
+from pyps.model import Model
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(fraction=st.floats(0, 0.999))
+def test_a_model_cut_off_anywhere_ends_in_our_exception(tmp_path: Path, tiny_path: Path, fraction: float) -> None:
+    content = tiny_path.read_bytes()
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(content[: int(len(content) * fraction)])
+    with pytest.raises(InputError, match=r"GGUF file|cannot load"):
+        Model.load(cut)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text())
+def test_any_text_survives_tokens(tiny: Model, text: str) -> None:
+    tokens = tiny.tokenize(text)
+    assert b"".join(tiny.piece(t, special=True) for t in tokens) == text.encode()
+
+
+def test_text_that_is_not_unicode_does_not_reach_llama_cpp(tiny: Model) -> None:
+    """Lone surrogates come from file names and arguments that are not UTF-8."""
+    assert b"".join(map(tiny.piece, tiny.tokenize("a\udce9b\ud800"))) == b"a?b?"
+
+
+def test_closed(tiny_path: Path) -> None:
+    model = Model.load(tiny_path)
+    ctx = Context(model, 256)
+    ctx.close()
+    ctx.close()
+    with pytest.raises(InputError, match="closed"):
+        ctx.prefill(0, [1])
+    with pytest.raises(InputError, match="closed"):
+        ctx.remove(0)
+    model.close()
+    model.close()
+    with pytest.raises(InputError, match="closed"):
+        Context(model, 256)
+
+
+def test_contexts_that_cannot_be(tiny: Model) -> None:
+    for arguments, message in (
+        ((0,), "not possible"),
+        ((2**31,), "not possible"),
+        ((256, 0), "1 to 256 sequences"),
+        ((256, 257), "1 to 256 sequences"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Context(tiny, *arguments)
+    with pytest.raises(InputError, match="threads"):
+        Context(tiny, 256, threads=0)
+    with pytest.raises(InputError, match=r"need .* GB; this machine has"):
+        Context(tiny, 2**30)
+    with Context(tiny, 256) as ctx:
+        with pytest.raises(InputError, match="cannot be decoded"):
+            ctx.prefill(0, [10**6])
+        with pytest.raises(InputError, match="cannot be decoded"):
+            ctx.prefill(0, [-1])
+        with pytest.raises(InputError, match="full"):
+            ctx.prefill(0, [1] * 257)
+        with pytest.raises(InputError, match="no logits"):
+            ctx.logits(3)
+        with pytest.raises(InputError, match="does not exist"):
+            ctx.copy(0, 1)
