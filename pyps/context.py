@@ -234,6 +234,11 @@ class Context:
             raise InputError(f"these tokens cannot be decoded here: {words or 'invalid batch'}")
         raise EngineError(f"llama.cpp could not decode (status {status}): {words or 'no reason given'}")
 
+    def warm_up(self) -> None:
+        """Compute one token and forget it: the first one is when llama.cpp sets up a LoRA and memory gets its pages."""
+        self.prefill(0, [0])
+        self.clear()
+
     def prefill(self, seq: int, tokens: Sequence[int]) -> None:
         """Append tokens to a sequence; the last one's logits are at index -1."""
         start = self.end(seq)

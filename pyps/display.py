@@ -99,13 +99,14 @@ class LiveDisplay:
         self._titles = [prompt or f"sample {i + 1}" for i, prompt in enumerate(prompts)]
         self._texts = ["" for _ in prompts]
         self._results: dict[int, BranchResult] = {}
-        self._live: Live | None = Live(console=console, refresh_per_second=12, get_renderable=self._panels)
+        self._live: Live | None = Live(console=console, refresh_per_second=12, get_renderable=self.panels)
         self._live.start()
         self._mode: str | None = None
         self._word = ""  # streamed, but not yet printed
         self._column = 0
 
-    def _panels(self, whole: bool = False) -> Table:
+    def panels(self, whole: bool = False) -> Table:
+        """The branches side by side: what fits on the screen, or the whole texts."""
         columns = max(1, min(len(self._texts), self._console.width // _PANEL_WIDTH))
         rows = -(-len(self._texts) // columns)
         width = self._console.width // columns
@@ -173,7 +174,7 @@ class LiveDisplay:
             self._live.transient = True
             self._live.stop()
             self._live = None
-            self._console.print(self._panels(whole=True))
+            self._console.print(self.panels(whole=True))
 
     def close(self) -> None:
         if self._live:

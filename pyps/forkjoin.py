@@ -273,6 +273,8 @@ class _Run:
         with self._context(self.branch_cells, len(self.branches)) as ctx:
             synthesizer = self._context(self.synthesizer_cells, adapter=True) if self.mode == "cache" else None
             try:
+                if synthesizer:
+                    synthesizer.warm_up()
                 self._fork(ctx, synthesizer)
                 generations = [
                     Generation(ctx, i, prompt, b.sampling)

