@@ -29,7 +29,7 @@ _LORA_TYPES = {gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16"
 
 
 class Adapter:
-    """An adapter opened for a model. Close it after the contexts that use it, before the model.
+    """An adapter opened for a model. Closing it closes the contexts that use it; closing the model closes it.
 
     Attributes:
         path: the file.
@@ -46,6 +46,7 @@ class Adapter:
         self.path = Path(path)
         self.warnings: list[str] = []
         self.lora: ctypes.c_void_p | None = None
+        self._model = model
         check_gguf(self.path, "adapter")
         try:
             metadata, tensors = _read(self.path)
@@ -67,6 +68,7 @@ class Adapter:
                     f"{self.path}: llama.cpp cannot use this LoRA with {model.name} "
                     f"({log.last_words() or 'no reason given'})"
                 )
+        model.adapters.add(self)
 
     def _check(self, metadata: dict[str, Any], model: Model) -> None:
         if (kind := metadata.get("general.type")) != "adapter":
@@ -84,7 +86,9 @@ class Adapter:
             self.warnings.append(f"{self.path.name} was trained on {base!r}; this model is {own!r}")
 
     def close(self) -> None:
-        if self.lora:
+        for ctx in [c for c in self._model.contexts if c.adapter is self]:
+            ctx.close()
+        if self.lora and self._model.is_open:
             llama_cpp.llama_adapter_lora_free(self.lora)
         self.lora = None
 

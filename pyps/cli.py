@@ -1,8 +1,10 @@
 """The command line. Mistakes of the user end with one clear line and exit code 2, failures with 1, Ctrl-C with 130."""
 
+import contextlib
 import json
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -14,7 +16,7 @@ import pyps
 from pyps.context import KV_TYPES
 from pyps.display import Display, LiveDisplay, PlainDisplay, progress_bar
 from pyps.errors import InputError, PypsError
-from pyps.events import Done, Mode
+from pyps.events import Done, Event, Mode
 from pyps.forkjoin import Branch, ForkJoin
 from pyps.layout import DEFAULT_SYNTHESIZE, LAYOUTS
 from pyps.models import DEFAULT_MODEL
@@ -184,23 +186,27 @@ def run(
             answer=answer,
             stopped=lambda: interrupt.asked,
         )
-        console = Console()
-        display: Display | None = None
-        if not as_json:
-            display = (
-                LiveDisplay(console, [b.prompt for b in branches]) if console.is_terminal else PlainDisplay(console)
-            )
-        try:
+        _show(events, branches, as_json, notes)
+    if interrupt.asked:
+        sys.exit(130)
+
+
+def _show(events: Iterator[Event], branches: list[Branch], as_json: bool, notes: Console) -> None:
+    """Everything that goes to standard output."""
+    console = Console()
+    live = console.is_terminal and not as_json
+    display: Display = LiveDisplay(console, [b.prompt for b in branches]) if live else PlainDisplay(console)
+    # while a pipe fills, or one object is prepared, a terminal at least sees that something is going on
+    waiting = notes.status("running") if notes.is_terminal and not live else contextlib.nullcontext()
+    try:
+        with waiting:
             for event in events:
-                if display:
+                if not as_json:
                     display.show(event)
                 elif isinstance(event, Done):
                     click.echo(json.dumps(event.result.to_dict(), ensure_ascii=False, indent=2))
-        finally:
-            if display:
-                display.close()
-    if interrupt.asked:
-        sys.exit(130)
+    finally:
+        display.close()
 
 
 def _read_task(task: str | None, file: Path | None) -> str:
@@ -208,14 +214,15 @@ def _read_task(task: str | None, file: Path | None) -> str:
         raise click.UsageError("give the task as an argument or with --file, not both")
     if task is not None and task != "-":
         return task
-    if file is None and task is None:
-        raise click.UsageError("give a task: as an argument, with --file FILE, or with --file - from standard input")
     try:
-        if file is None or str(file) == "-":
-            return sys.stdin.read()
-        return file.read_text(encoding="utf-8")
+        if file is not None and str(file) != "-":
+            return file.read_text(encoding="utf-8")
+        text = "" if task is None and file is None and sys.stdin.isatty() else sys.stdin.read()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the task cannot be read: {error}") from None
+    if not text:
+        raise click.UsageError("give a task: as an argument, with --file, or on standard input")
+    return text
 
 
 def _branches(instructions: tuple[str, ...], samples: int | None) -> list[Branch]:

@@ -31,7 +31,7 @@ MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 
 _CELL_BYTES = 64  # what llama.cpp notes about a cell, about: positions, sequences
 
-BATCH = 512  # most tokens that llama.cpp computes at once; measured: 1,024 is slower on a CPU
+_BATCH = 512  # most tokens that llama.cpp computes at once; measured: 1,024 is slower on a CPU
 
 
 def default_threads() -> int:
@@ -61,10 +61,10 @@ class Context:
     """Sequences 0 … n_seq-1 of one model, each with a stream of `n_ctx` cells of its own (a unified cache shares them).
 
     A stream of its own keeps a sequence's cells contiguous and its attention off the other sequences' cells. Not
-    thread-safe. Close it (or use `with`) before the model.
+    thread-safe. Close it (or use `with`).
 
     Args:
-        model: the model; must stay open.
+        model: closing it closes the context.
         n_ctx: cells of each sequence, rounded up to a multiple of 256 by llama.cpp.
         n_seq: number of sequences, 1 to 256.
         kv_type: a key of KV_TYPES.
@@ -102,6 +102,7 @@ class Context:
         if threads is not None and not 1 <= threads <= 512:
             raise InputError(f"threads must be between 1 and 512, not {threads}")
         self.model = model
+        self.adapter = adapter
         self.n_seq = n_seq
         model.check_open()
 
@@ -112,7 +113,7 @@ class Context:
         params.n_ctx = cells
         params.n_seq_max = n_seq
         params.kv_unified = unified
-        params.n_batch = params.n_ubatch = BATCH
+        params.n_batch = params.n_ubatch = _BATCH
         params.n_outputs_max = max(n_seq, n_logits or 0)
         params.n_threads = params.n_threads_batch = threads or default_threads()
         params.type_k = params.type_v = KV_TYPES[kv_type]
@@ -129,12 +130,13 @@ class Context:
                 handles = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter.lora)  # type: ignore[misc]
                 if llama_cpp.llama_set_adapters_lora(self._pointer, handles, 1, (ctypes.c_float * 1)(1.0)) != 0:
                     raise InputError(f"{adapter.path}: llama.cpp cannot attach this LoRA ({log.last_words()})")
+        model.contexts.add(self)
         self._memory = llama_cpp.llama_get_memory(self._pointer)
         if not self._memory:
             self.close()
             raise RefusedError(f"{model.name}: '{model.arch}' models have no memory, so they cannot generate text")
         self.n_ctx = int(llama_cpp.llama_n_ctx_seq(self._pointer))
-        self._n_batch = int(llama_cpp.llama_n_batch(self._pointer))
+        self.n_batch = int(llama_cpp.llama_n_batch(self._pointer))
         self._max_logits = int(params.n_outputs_max)
 
     def __enter__(self) -> "Context":
@@ -144,7 +146,8 @@ class Context:
         self.close()
 
     def close(self) -> None:
-        if self._pointer is not None:
+        # a context whose borrowed model is gone cannot be freed any more
+        if self._pointer is not None and self.model.is_open:
             with log.captured():
                 llama_cpp.llama_free(self._pointer)
         self._pointer = None
@@ -159,6 +162,7 @@ class Context:
         """The llama_context for llama_cpp's functions. Raises InputError once closed."""
         if self._pointer is None:
             raise InputError("the context is closed")
+        self.model.check_open()
         return self._pointer
 
     @property
@@ -166,9 +170,8 @@ class Context:
         return int(ctypes.cast(self.pointer, ctypes.c_void_p).value or 0)
 
     def _check_seq(self, seq: int) -> None:
-        """llama.cpp aborts the process on an unknown sequence."""
-        if self._pointer is None:
-            raise InputError("the context is closed")
+        """llama.cpp aborts the process on an unknown sequence, or a closed context."""
+        self.pointer  # noqa: B018
         if not 0 <= seq < self.n_seq:
             raise InputError(f"sequence {seq} does not exist: this context has sequences 0 to {self.n_seq - 1}")
 
@@ -194,7 +197,7 @@ class Context:
             self.remove(seq)
 
     def decode(self, tokens: Sequence[Token]) -> None:
-        """Compute the tokens, which must continue their sequences without gaps, in batches of up to BATCH.
+        """Compute the tokens, which must continue their sequences without gaps, in batches of up to n_batch.
 
         Afterwards `logits(i)` and samplers see the tokens of the last batch only.
 
@@ -202,7 +205,7 @@ class Context:
             InputError: the sequence is full, or the tokens do not continue it.
             EngineError: llama.cpp failed.
         """
-        for chunk in _even_chunks(tokens, self._n_batch):
+        for chunk in _even_chunks(tokens, self.n_batch):
             self._decode_batch(chunk)
 
     def _decode_batch(self, tokens: Sequence[Token]) -> None:

@@ -3,7 +3,7 @@
 import codecs
 from collections.abc import Callable, Iterator, Sequence
 
-from pyps.context import BATCH, Context, Token
+from pyps.context import Context, Token
 from pyps.errors import InputError
 from pyps.sampling import Sampler, Sampling
 
@@ -69,7 +69,7 @@ def _prefill(ctx: Context, generations: Sequence[Generation]) -> None:
     starts = {g: ctx.end(g.seq) for g in generations}
     body = [Token(t, starts[g] + i, g.seq) for g in generations for i, t in enumerate(g.prompt[:-1])]
     last = [Token(g.prompt[-1], g.start - 1, g.seq, logits=True) for g in generations]
-    if len(body) + len(last) <= BATCH:
+    if len(body) + len(last) <= ctx.n_batch:
         ctx.decode(body + last)
     else:
         ctx.decode(body)

@@ -2,13 +2,19 @@
 
 import ctypes
 import functools
+import weakref
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import llama_cpp
 
 from pyps import log
 from pyps.errors import InputError, RefusedError
 from pyps.native import _native
+
+if TYPE_CHECKING:
+    from pyps.adapter import Adapter
+    from pyps.context import Context
 
 _backend_started = False
 
@@ -24,12 +30,15 @@ def _start_backend() -> None:
 class Model:
     """A llama.cpp model, loaded by us (`Model.load`) or borrowed from a `llama_cpp.Llama` (`Model.borrow`)."""
 
-    def __init__(self, pointer: llama_cpp.llama_model_p, name: str, *, owner: object | None) -> None:
+    def __init__(self, pointer: llama_cpp.llama_model_p, name: str, *, owner: llama_cpp.Llama | None) -> None:
         self.pointer = pointer
         self.name = name
         self._owner = owner  # keeps a borrowed model alive; None if the model is ours to free
         self.vocab = llama_cpp.llama_model_get_vocab(pointer)
         self._closed = False
+        # what must be freed before the model is: contexts first, then adapters. Each closes itself here if forgotten.
+        self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
+        self.adapters: weakref.WeakSet[Adapter] = weakref.WeakSet()
 
     @classmethod
     def load(cls, path: Path | str) -> "Model":
@@ -48,12 +57,24 @@ class Model:
     def borrow(cls, llama: llama_cpp.Llama) -> "Model":
         """Use the model of an existing Llama object. Its contexts and cache are left alone."""
         _start_backend()
+        if llama.model is None:
+            raise InputError("the Llama object is closed")
         return cls(llama.model, Path(llama.model_path).name, owner=llama)
 
     def close(self) -> None:
-        if not self._closed and self._owner is None:
+        """Free the model, if it is ours, and before it every context and adapter that is still open on it."""
+        for context in list(self.contexts):
+            context.close()
+        for adapter in list(self.adapters):
+            adapter.close()
+        if self.is_open and self._owner is None:
             llama_cpp.llama_model_free(self.pointer)
         self._closed = True
+
+    @property
+    def is_open(self) -> bool:
+        """False once closed, and once the Llama it was borrowed from is."""
+        return not self._closed and (self._owner is None or self._owner.model is not None)
 
     @property
     def address(self) -> int:
@@ -63,7 +84,7 @@ class Model:
 
     def check_open(self) -> None:
         """Raises InputError once the model is closed."""
-        if self._closed:
+        if not self.is_open:
             raise InputError("the model is closed")
 
     def check_joinable(self) -> None:

@@ -79,7 +79,13 @@ def test_the_task_from_a_file_and_from_standard_input(tmp_path: Path) -> None:
     file.write_text(TASK + "\n")
     outputs = [
         pyps("run", *source, *BRANCHES, *QUICK, "--json", stdin=stdin)
-        for source, stdin in ((["--file", str(file)], None), (["--file", "-"], TASK), (["-"], TASK), ([TASK], None))
+        for source, stdin in (
+            (["--file", str(file)], None),
+            (["--file", "-"], TASK),
+            (["-"], TASK),
+            ([], TASK),
+            ([TASK], None),
+        )
     ]
     assert len({json.loads(o.stdout)["answer"] for o in outputs}) == 1
 

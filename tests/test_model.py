@@ -1,11 +1,16 @@
 """Loading models and their tokens."""
 
+import itertools
 from pathlib import Path
 
+import llama_cpp
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import write_adapter
 
+from pyps import ForkJoin
+from pyps.adapter import Adapter
 from pyps.context import Context
 from pyps.errors import InputError
 from pyps.model import Model
@@ -46,6 +51,44 @@ def test_closed(tiny_path: Path) -> None:
     model.close()
     with pytest.raises(InputError, match="closed"):
         Context(model, 256)
+
+
+def test_closing_in_any_order(tiny_path: Path, tmp_path: Path) -> None:
+    """What is freed too late or twice would take the process with it."""
+    path = write_adapter(tmp_path / "a.gguf")
+    for order in itertools.permutations(("model", "adapter", "context")):
+        model = Model.load(tiny_path)
+        adapter = Adapter(path, model)
+        context = Context(model, 256, adapter=adapter)
+        parts = {"model": model, "adapter": adapter, "context": context}
+        for name in order:
+            parts[name].close()
+        with pytest.raises(InputError, match="closed"):
+            context.prefill(0, [1])
+
+
+def test_a_stream_outlives_its_fork_join(tiny_path: Path) -> None:
+    fj = ForkJoin.from_pretrained(str(tiny_path))
+    events = fj.stream("Hi", ["a", "b"])
+    next(events)
+    fj.close()
+    with pytest.raises(InputError, match="closed"):
+        next(events)
+
+
+def test_a_borrowed_model_that_is_gone(tiny_path: Path) -> None:
+    llama = llama_cpp.Llama(str(tiny_path), verbose=False)
+    fj = ForkJoin(llama=llama)
+    events = fj.stream("Hi", ["a", "b"])
+    next(events)
+    llama.close()
+    with pytest.raises(InputError, match="closed"):
+        next(events)
+    with pytest.raises(InputError, match="closed"):
+        fj.run("Hi", ["a"])
+    fj.close()
+    with pytest.raises(InputError, match="closed"):
+        ForkJoin(llama=llama)
 
 
 def test_contexts_that_cannot_be(tiny: Model) -> None:
