@@ -34,6 +34,9 @@ class _Command(click.Command):
         except PypsError as error:
             click.echo(f"pyps: {error}", err=True)
             ctx.exit(2 if isinstance(error, InputError) else 1)
+        except KeyboardInterrupt:
+            click.echo("pyps: interrupted", err=True)
+            ctx.exit(130)
         except MemoryError:
             click.echo("pyps: not enough memory", err=True)
             ctx.exit(1)

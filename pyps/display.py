@@ -84,7 +84,8 @@ class PlainDisplay:
 
     def _show_branches(self) -> None:
         for _, branch in sorted(self._branches.items()):
-            self._write(f"[{branch.name}] {branch.prompt} ({_remark(branch)})\n{branch.text}\n\n")
+            title = f"[{branch.name}] {branch.prompt}".strip()
+            self._write(f"{title} ({_remark(branch)})\n{branch.text}\n\n")
 
     def _write(self, text: str) -> None:
         self._console.file.write(text)

@@ -134,8 +134,18 @@ class ForkJoin:
         stopped: Callable[[], bool] = lambda: False,
     ) -> Result:
         """`stream` to its end: the result. Same arguments and exceptions."""
-        arguments = {"system": system, "synthesize": synthesize, "mode": mode, "compare": compare}
-        for event in self.stream(task, branches, sampling=sampling, answer=answer, stopped=stopped, **arguments):  # type: ignore[arg-type]
+        events = self.stream(
+            task,
+            branches,
+            system=system,
+            synthesize=synthesize,
+            mode=mode,
+            compare=compare,
+            sampling=sampling,
+            answer=answer,
+            stopped=stopped,
+        )
+        for event in events:
             if isinstance(event, Done):
                 return event.result
         raise AssertionError("a stream ends with Done")
@@ -295,22 +305,20 @@ class _Run:
                 began = time.perf_counter()
                 for _ in stepper:
                     pass  # the last tokens' K and V are still to be computed: part of the time to first token
+                flush_ms = (time.perf_counter() - began) * 1e3
                 results = tuple(done.get(g.seq) or self._branch_result(g) for g in generations)
 
-                if synthesizer:
-                    answer = yield from self._from_caches(ctx, generations, synthesizer, began)
-                else:
-                    answer = yield from self._from_texts(ctx, results)
-                if synthesizer:
+                answer, compare = _NOTHING, None
+                if synthesizer and not self.stopped():
+                    answer = yield from self._from_caches(ctx, generations, synthesizer, flush_ms)
                     synthesizer.close()
-                    synthesizer = None
+                elif not self.stopped():
+                    answer = yield from self._from_texts(ctx, results)
                 total = (time.perf_counter() - start) * 1e3
-                compare = None
                 if self.compare and not self.stopped():
                     compare = yield from self._from_texts(ctx, results)
-                    timing = replace(
-                        compare.timing_ms, branches=branches_ms, total=branches_ms + compare.timing_ms.total
-                    )
+                    timing = compare.timing_ms
+                    timing = replace(timing, branches=branches_ms, total=branches_ms + timing.total)
                     compare = replace(compare, timing_ms=timing)
             finally:
                 if synthesizer:
@@ -352,24 +360,25 @@ class _Run:
             join(ctx, synthesizer, [Span(0, 0, n, 0)])
 
     def _from_caches(
-        self, ctx: Context, generations: Sequence[Generation], synthesizer: Context, began: float
+        self, ctx: Context, generations: Sequence[Generation], synthesizer: Context, flush_ms: float
     ) -> Generator[Event, None, Synthesis]:
         """Join, then answer. Returns a Synthesis whose branches and total are not filled in."""
+        began = time.perf_counter()
         spans = [Span(g.seq, g.start, g.end, self.prompts.branch_point) for g in generations if g.tokens]
-        join_began = time.perf_counter()
         joined = 0
         if spans:  # branches may all have been empty
             mapper = self.fj.adapter.mapper if self.fj.adapter else None
             lengths = [s.end - s.start for s in spans]
             affine = mapper.coefficients(lengths, _native.n_layers(ctx.address)) if mapper else None
             joined = join(ctx, synthesizer, spans, 0, affine)
-        join_ms = (time.perf_counter() - join_began) * 1e3
+        join_ms = (time.perf_counter() - began) * 1e3
         yield Joined(joined, join_ms)
-        answer = yield from self._answer(synthesizer, self.prompts.synthesizer, "cache", began)
+        answer = yield from self._answer(synthesizer, self.prompts.synthesizer, "cache")
+        timing = answer.timing_ms
         return replace(
             answer,
             tokens=replace(answer.tokens, joined=joined, prefilled=len(self.prompts.synthesizer)),
-            timing_ms=replace(answer.timing_ms, join=join_ms),
+            timing_ms=replace(timing, join=join_ms, ttft=flush_ms + join_ms + timing.prefill),
         )
 
     def _from_texts(self, branches: Context, results: Sequence[BranchResult]) -> Generator[Event, None, Synthesis]:
@@ -394,29 +403,36 @@ class _Run:
             if reads_long:
                 reader.prefill(0, tail[:-1])
                 join(reader, decoder, [Span(0, 0, reader.end(0), 0)])
-            answer = yield from self._answer(decoder, tail[-1:] if reads_long else tail, "text", began)
-            return replace(answer, tokens=replace(answer.tokens, prefilled=len(tail)))
+            read_ms = (time.perf_counter() - began) * 1e3
+            answer = yield from self._answer(decoder, tail[-1:] if reads_long else tail, "text")
+            timing = answer.timing_ms
+            prefill = read_ms + timing.prefill
+            return replace(
+                answer,
+                tokens=replace(answer.tokens, prefilled=len(tail)),
+                timing_ms=replace(timing, prefill=prefill, ttft=prefill, total=read_ms + timing.total),
+            )
         finally:
             for ctx in contexts:
                 ctx.close()
 
-    def _answer(self, ctx: Context, prompt: list[int], mode: Mode, began: float) -> Generator[Event, None, Synthesis]:
+    def _answer(self, ctx: Context, prompt: list[int], mode: Mode) -> Generator[Event, None, Synthesis]:
+        """Prefill the prompt and generate. Of the Synthesis, prefill and total count from here."""
         generation = Generation(ctx, 0, prompt, self.answer_sampling)
-        prefill_began = time.perf_counter()
+        began = time.perf_counter()
         first = None
         for _, text in generate(ctx, [generation], self.stopped):
             first = first or time.perf_counter()
             yield AnswerToken(text, mode)
         ended = time.perf_counter()
-        first = first or ended
-        return Synthesis(
+        return replace(
+            _NOTHING,
             answer=generation.text,
-            tokens=Tokens(joined=0, prefilled=0, generated=len(generation.tokens)),
-            timing_ms=Timing(
-                branches=0.0,
-                join=0.0,
-                prefill=(first - (began if mode == "text" else prefill_began)) * 1e3,
-                ttft=(first - began) * 1e3,
-                total=(ended - began) * 1e3,
+            tokens=replace(_NOTHING.tokens, generated=len(generation.tokens)),
+            timing_ms=replace(
+                _NOTHING.timing_ms, prefill=((first or ended) - began) * 1e3, total=(ended - began) * 1e3
             ),
         )
+
+
+_NOTHING = Synthesis("", Tokens(joined=0, prefilled=0, generated=0), Timing(0.0, 0.0, 0.0, 0.0, 0.0))

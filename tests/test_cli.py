@@ -140,15 +140,33 @@ def test_on_a_terminal() -> None:
     assert re.search(r"joined \d+ tokens in", screen)
 
 
+def start(*arguments: str, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*PYPS, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **env},
+    )
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> None:
+    """Until a line on stderr says so."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} was never said")
+
+
 @pytest.mark.parametrize("as_json", [True, False])
 def test_ctrl_c_ends_with_what_there_is(as_json: bool) -> None:
     # any token at all is as likely as any other: the end of a turn will not come by chance
     endless = ["--max-tokens", "3000", "--temperature", "100", "--top-k", "0", "--top-p", "1", "--min-p", "0"]
     arguments = ["run", TASK, *BRANCHES, *endless]
-    process = subprocess.Popen(
-        [*PYPS, *arguments, *(["--json"] if as_json else [])], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    time.sleep(4)
+    process = start(*arguments, *(["--json"] if as_json else []), PYPS_LOG="1")
+    wait_for(process, "constructing llama_context")
+    time.sleep(1)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
@@ -160,6 +178,17 @@ def test_ctrl_c_ends_with_what_there_is(as_json: bool) -> None:
     else:
         assert "interrupted: this is what there is" in output
         assert "[branch-2]" in output
+
+
+def test_ctrl_c_while_the_model_is_prepared(tmp_path: Path) -> None:
+    process = start("run", TASK, *BRANCHES, PYPS_CACHE=str(tmp_path))
+    wait_for(process, "SmolLM2")
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert output == ""
+    assert not list(tmp_path.rglob("*.gguf")), "no half model is left"
 
 
 @pytest.fixture(scope="module")
