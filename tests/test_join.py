@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -132,28 +133,54 @@ def test_back_and_forth_returns_within_one_rounding(pair: Pair) -> None:
         assert (np.abs(got.k - k) <= 2.1 * EPSILON[pair.kv_type] * size + 2e-6 * size.max()).all()
 
 
-@pytest.mark.parametrize(("arch", "neox"), [("llama", False), ("qwen2", True), ("qwen3", True), ("smollm3", False)])
-def test_each_architecture_is_turned_by_its_own_rope(tmp_path: Path, arch: str, neox: bool) -> None:
-    """Against llama.cpp itself: in the first layer K is a function of token and position only, so a span moved to p
-    must equal the same tokens decoded at p."""
-    model = Model.load(
-        write_model(tmp_path / "m.gguf", arch, rope__freq_base=5000.0, **{f"{arch}__rope__freq_base": 5000.0})
-    )
+YARN = {
+    "llama__rope__scaling__type": "yarn",
+    "llama__rope__scaling__factor": 4.0,
+    "llama__rope__scaling__original_context_length": 128,
+}
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes"),
+    [
+        pytest.param("llama", {}, id="llama"),
+        pytest.param("llama", {"freq_factors": True}, id="llama-3"),
+        pytest.param("llama", {"llama__rope__freq_base": 500.0}, id="llama-base"),
+        pytest.param("llama", YARN, id="llama-yarn"),
+        pytest.param("qwen2", {}, id="qwen2"),
+        pytest.param("qwen3", {}, id="qwen3"),
+        pytest.param("smollm3", {}, id="smollm3"),
+    ],
+)
+def test_a_moved_span_is_what_llama_cpp_computes_there(tmp_path: Path, arch: str, changes: dict[str, Any]) -> None:
+    """In the first layer K and V depend on token and position only: moved to p, they must equal the same tokens
+    decoded at p."""
+    model = Model.load(write_model(tmp_path / "m.gguf", arch, **changes))
     with Context(model, 256, 2, kv_type="f32") as src, Context(model, 256, 2, kv_type="f32") as dst:
         tokens = fill(src, 0, 60)
         fill(dst, 0, 7, seed=5)
         dst.decode([Token(t, 7 + i, 0) for i, t in enumerate(tokens[20:])])
         join(src, dst, [Span(0, 20, 60, 7)], 1)
         want, got = read(dst, 0, 0, "f32"), read(dst, 1, 0, "f32")
-        np.testing.assert_allclose(got.k, want.k[7:], atol=2e-5 * np.abs(want.k).max())
-        # deeper layers: turned by that RoPE, or not at all (SmolLM3's fourth)
+        assert np.abs(want.k[7:] - read(src, 0, 0, "f32").k[20:]).max() > 0.1, "the move turns them"
+        np.testing.assert_allclose(got.k, want.k[7:], rtol=0, atol=2e-5 * np.abs(want.k).max())
+        assert (got.v == want.v[7:]).all()
+    model.close()
+
+
+@pytest.mark.parametrize(("arch", "neox"), [("llama", False), ("qwen2", True), ("qwen3", True), ("smollm3", False)])
+def test_every_layer_is_turned_by_its_own_rope(tmp_path: Path, arch: str, neox: bool) -> None:
+    model = Model.load(write_model(tmp_path / "m.gguf", arch))
+    with Context(model, 256, kv_type="f32") as src, Context(model, 256, kv_type="f32") as dst:
+        fill(src, 0, 60)
+        join(src, dst, [Span(0, 20, 60, 7)])
         for layer in range(N_LAYERS):
-            source, got = read(src, 0, layer, "f32"), read(dst, 1, layer, "f32")
+            source, got = read(src, 0, layer, "f32"), read(dst, 0, layer, "f32")
             if arch == "smollm3" and layer == 3:
-                assert (got.k == source.k[20:]).all()
+                assert (got.k == source.k[20:]).all(), "this one has no positions"
             else:
-                turned = rotate(source.k[20:], -13, HEAD_DIM, 5000.0, neox)
-                np.testing.assert_allclose(got.k, turned, atol=2e-5 * np.abs(turned).max())
+                turned = rotate(source.k[20:], -13, HEAD_DIM, 10000.0, neox)
+                np.testing.assert_allclose(got.k, turned, rtol=0, atol=2e-5 * np.abs(turned).max())
     model.close()
 
 

@@ -107,8 +107,11 @@ def _layer(arch: str, i: int) -> dict[str, tuple[int, ...]]:
     return norm | _attention() | _feed_forward() | _PER_LAYER[arch]
 
 
-def write_model(path: Path, arch: str = "llama", n_layers: int = 4, seed: int = 0, **metadata: Any) -> Path:
-    """A model of the architecture, F32 throughout. metadata: more keys, "." written as "__"; None leaves one out."""
+def write_model(
+    path: Path, arch: str = "llama", n_layers: int = 4, seed: int = 0, freq_factors: bool = False, **metadata: Any
+) -> Path:
+    """A model of the architecture, F32 throughout. freq_factors: with Llama 3's divisors of the RoPE frequencies.
+    metadata: more keys, "." written as "__"; None leaves one out."""
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, arch)
     tokens = [*_byte_tokens(), "<|im_start|>", "<|im_end|>", "<|endoftext|>", "Ġa"]
@@ -175,6 +178,8 @@ def write_model(path: Path, arch: str = "llama", n_layers: int = 4, seed: int = 
     if arch == "gpt2":
         tensor("position_embd.weight", (2048, N_EMBD))
         tensor("output_norm.bias", (N_EMBD,))
+    if freq_factors:
+        writer.add_tensor("rope_freqs.weight", np.linspace(1, 8, HEAD_DIM // 2).astype(np.float32))
     for i in range(n_layers):
         for name, shape in _layer(arch, i).items():
             tensor(f"blk.{i}.{name}", shape)
