@@ -23,7 +23,7 @@ struct Reservation::Impl {
 struct Cache::Impl {
     llama_context *  ctx;
     llama_kv_cache * kv;
-    ggml_context_ptr views;  // holds the view through which V's storage is found
+    ggml_context_ptr views;  // holds the views through which V's storage is found, and two unused inputs
 };
 
 namespace {
@@ -99,7 +99,7 @@ Cache::Cache(llama_context * ctx) : impl_(std::make_unique<Impl>()) {
     impl_->kv  = kv;
 
     const auto ids = kv->get_layer_ids();
-    impl_->views.reset(ggml_init({ ids.size() * ggml_tensor_overhead(), nullptr, /*no_alloc*/ true }));
+    impl_->views.reset(ggml_init({ (ids.size() + 2) * ggml_tensor_overhead(), nullptr, /*no_alloc*/ true }));
     if (!impl_->views) {
         throw std::bad_alloc();
     }
@@ -122,10 +122,6 @@ Cache::Cache(llama_context * ctx) : impl_(std::make_unique<Impl>()) {
         l.head_dim      = hp.n_embd_head_k(il);
         l.n_embd_k      = hp.n_embd_k_gqa(il);
         l.n_embd_v      = hp.n_embd_v_gqa(il);
-        if (ggml_is_quantized(l.k->type) || ggml_is_quantized(l.v->type)) {
-            refuse(model, std::string("its KV cache is quantised (") + ggml_type_name(l.k->type) +
-                              "), which pyps cannot join yet: use f16, bf16 or f32");
-        }
         l.rotates = positions_of(model.arch) != Positions::nope_every_4th || (il + 1) % 4 != 0;
         l.rope    = { (int) hp.n_rot(il),
                       (int) hp.rope_type,
@@ -140,6 +136,13 @@ Cache::Cache(llama_context * ctx) : impl_(std::make_unique<Impl>()) {
     }
     if (layers_.empty()) {
         refuse(model, "it has no attention layers");
+    }
+    // the inputs that llama.cpp's own graphs would use tell the sizes; null where nothing is rotated
+    if (const ggml_tensor * rot = kv->build_input_k_rot(impl_->views.get())) {
+        k_hadamard_ = rot->ne[0];
+    }
+    if (const ggml_tensor * rot = kv->build_input_v_rot(impl_->views.get())) {
+        v_hadamard_ = rot->ne[0];
     }
 }
 
@@ -163,6 +166,10 @@ uint32_t Cache::n_cells() const {
 
 uint32_t Cache::n_seq_max() const {
     return impl_->ctx->n_seq_max();
+}
+
+void Cache::fill_hadamard(ggml_tensor * t) const {
+    impl_->kv->set_input_k_rot(t);  // K's and V's matrices are looked up by their size in one table
 }
 
 void Cache::settle() {

@@ -84,6 +84,14 @@ class Cache {
     uint32_t                   n_seq_max() const;
     bool                       v_transposed() const { return v_transposed_; }
 
+    // Quantised caches hold every block of this many channels multiplied by a Hadamard matrix (symmetric, orthogonal:
+    // its own inverse), which spreads outliers; 0: stored as it is. Decided by llama.cpp for K and V of each cache.
+    int64_t k_hadamard() const { return k_hadamard_; }
+    int64_t v_hadamard() const { return v_hadamard_; }
+
+    // Fills an F32 [n, n] tensor in host memory, n being k_hadamard() or v_hadamard().
+    void fill_hadamard(ggml_tensor * t) const;
+
     // Carries out what llama.cpp has queued (shifts, copies between streams) and waits for its computation. A queued
     // copy would otherwise overwrite cells placed after it was asked for.
     void settle();
@@ -110,6 +118,8 @@ class Cache {
     std::unique_ptr<Impl> impl_;
     std::vector<Layer>    layers_;
     bool                  v_transposed_ = false;
+    int64_t               k_hadamard_   = 0;
+    int64_t               v_hadamard_   = 0;
 };
 
 // Empty, or why a model of this kind cannot be joined. Needs no context.

@@ -40,16 +40,30 @@ std::vector<Run> find_runs(const std::vector<uint32_t> & src, const std::vector<
     return runs;
 }
 
+// Hadamard matrices F32 [n, n] of quantised caches (see Cache::k_hadamard), or null.
+struct Hadamards {
+    ggml_tensor * k = nullptr;
+    ggml_tensor * v = nullptr;
+};
+
 // Builds the graph that moves one layer. A graph a layer keeps the f32 intermediates small enough for the CPU's cache.
 class LayerGraph {
   public:
-    LayerGraph(ggml_context * ctx, ggml_cgraph * gf, const Cache & src, const Cache & dst) :
-        ctx_(ctx), gf_(gf), src_(src), dst_(dst) {}
+    LayerGraph(ggml_context * ctx, ggml_cgraph * gf, const Cache & src, const Cache & dst, uint32_t dst_stream,
+               const Hadamards & src_hadamards, const Hadamards & dst_hadamards) :
+        ctx_(ctx), gf_(gf), src_(src), dst_(dst), dst_stream_(dst_stream), src_h_(src_hadamards),
+        dst_h_(dst_hadamards) {}
 
     // K of one span. Rows are cells in either cache, so one gather and one scatter serve every arrangement of cells.
     void move_k(const Layer & ls, const Layer & ld, const Piece & p, const Affine * affine) {
         ggml_tensor * k = ggml_get_rows(ctx_, all_rows(ls.k), p.src_rows);  // F32 [n_embd_k, n]
-        if (p.delta != 0 && ls.rotates) {
+        // what is neither turned nor mapped may stay in the Hadamard domain if it goes to a cache of the same
+        const bool turns = p.delta != 0 && ls.rotates;
+        const bool plain = turns || affine || src_.k_hadamard() != dst_.k_hadamard();
+        if (plain) {
+            k = hadamard(k, src_h_.k);
+        }
+        if (turns) {
             // Every cell of a span turns by the same angle: as heads of one token, cos and sin are computed once.
             const Rope &  r    = ls.rope;
             ggml_tensor * rows = ggml_reshape_3d(ctx_, k, ls.head_dim, ls.n_embd_k / ls.head_dim * p.n, 1);
@@ -63,25 +77,28 @@ class LayerGraph {
         if (affine) {
             k = ggml_scale_bias_inplace(ctx_, k, affine->a_k, affine->b_k);
         }
+        if (plain) {
+            k = hadamard(k, dst_h_.k);
+        }
         add(ggml_set_rows(ctx_, all_rows(ld.k), k, p.dst_rows));
     }
 
     void move_v(const Layer & ls, const Layer & ld, const Piece & p, const Affine * affine) {
         if (!src_.v_transposed()) {
-            store_v(ld, p, scaled(ggml_get_rows(ctx_, all_rows(ls.v), p.src_rows), affine));
+            ggml_tensor * v     = ggml_get_rows(ctx_, all_rows(ls.v), p.src_rows);  // F32 [n_embd_v, n]
+            const bool    plain = affine || src_.v_hadamard() != dst_.v_hadamard();
+            store_v(ld, p, plain ? hadamard(scaled(hadamard(v, src_h_.v), affine), dst_h_.v) : v);
         } else if (dst_.v_transposed() && few(p.runs)) {
             copy_v_runs(ls, ld, p, affine);
         } else {
-            store_v(ld, p, scaled(gather_transposed_v(ls, p), affine));
+            store_v(ld, p, hadamard(scaled(gather_transposed_v(ls, p), affine), dst_h_.v));
         }
     }
 
     // Upper bound of the nodes and leafs that one span adds to a graph.
     static size_t max_nodes(const Piece & p) {
-        return 48 + 6 * std::min<size_t>(p.runs.size(), max_runs) + 3 * p.n_dst_runs;
+        return 64 + 6 * std::min<size_t>(p.runs.size(), max_runs) + 3 * p.n_dst_runs;
     }
-
-    uint32_t dst_stream = 0;
 
   private:
     // A span in more runs than this is moved row by row: with a unified cache, lock-step branches alternate cells.
@@ -93,6 +110,17 @@ class LayerGraph {
 
     ggml_tensor * scaled(ggml_tensor * v, const Affine * affine) {
         return affine ? ggml_scale_bias_inplace(ctx_, v, affine->a_v, affine->b_v) : v;
+    }
+
+    // F32 [n_embd, n], each block of channels multiplied by the matrix; null leaves it alone.
+    ggml_tensor * hadamard(ggml_tensor * x, ggml_tensor * matrix) {
+        if (!matrix) {
+            return x;
+        }
+        const int64_t n = matrix->ne[0];
+        ggml_tensor * y = ggml_mul_mat(ctx_, matrix, ggml_reshape_2d(ctx_, x, n, ggml_nelements(x) / n));
+        ggml_mul_mat_set_hint(y, GGML_HINT_SRC0_IS_HADAMARD);
+        return ggml_reshape_2d(ctx_, y, x->ne[0], x->ne[1]);
     }
 
     // [n_embd, n_cells, n_streams] -> [n_embd, n_cells*n_streams]
@@ -108,7 +136,7 @@ class LayerGraph {
     void copy_v_runs(const Layer & ls, const Layer & ld, const Piece & p, const Affine * affine) {
         for (const Run & r : p.runs) {
             ggml_tensor * from = cells_of_v(ls, p.src_stream, r.src, r.n);
-            ggml_tensor * to   = cells_of_v(ld, dst_stream, r.dst, r.n);
+            ggml_tensor * to   = cells_of_v(ld, dst_stream_, r.dst, r.n);
             if (affine) {
                 from = scaled(ggml_cast(ctx_, from, GGML_TYPE_F32), affine);
             }
@@ -144,7 +172,7 @@ class LayerGraph {
                 ++n;
             }
             ggml_tensor * part = ggml_view_2d(ctx_, v, n, l.n_embd_v, v->nb[1], i * v->nb[0]);
-            add(ggml_cpy(ctx_, part, cells_of_v(l, dst_stream, p.dst[i], n)));
+            add(ggml_cpy(ctx_, part, cells_of_v(l, dst_stream_, p.dst[i], n)));
             i += n;
         }
     }
@@ -153,6 +181,8 @@ class LayerGraph {
     ggml_cgraph *  gf_;
     const Cache &  src_;
     const Cache &  dst_;
+    uint32_t       dst_stream_;
+    Hadamards      src_h_, dst_h_;
 };
 
 // ggml's CPU backend keeps the number of threads of whoever used it last.
@@ -194,9 +224,23 @@ ggml_context_ptr make_context(size_t n_tensors, size_t extra = 0) {
     return ctx;
 }
 
-// The index tensors of all pieces, filled; every layer's graph reads the same ones.
+// Hadamard tensors for what a cache holds, without data yet.
+Hadamards make_hadamards(ggml_context * ctx, const Cache & cache) {
+    Hadamards h;
+    if (const int64_t n = cache.k_hadamard()) {
+        h.k = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n, n);
+    }
+    if (const int64_t n = cache.v_hadamard()) {
+        h.v = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n, n);
+    }
+    return h;
+}
+
+// Gives the tensors of ctx memory on the host and fills those of the pieces and the matrices; every layer's graph reads
+// the same ones.
 ggml_backend_buffer_ptr make_inputs(ggml_context * ctx, std::vector<Piece> & pieces, const Cache & src,
-                                    const Cache & dst, const Reservation & reservation) {
+                                    const Cache & dst, const Hadamards & src_hadamards,
+                                    const Hadamards & dst_hadamards, const Reservation & reservation) {
     for (Piece & p : pieces) {
         p.src_rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, p.n);
         p.dst_rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, p.n);
@@ -206,6 +250,13 @@ ggml_backend_buffer_ptr make_inputs(ggml_context * ctx, std::vector<Piece> & pie
     ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_backend_cpu_buffer_type()));
     if (!buffer) {
         throw std::bad_alloc();
+    }
+    for (const auto & [cache, hadamards] : { std::pair(&src, src_hadamards), std::pair(&dst, dst_hadamards) }) {
+        for (ggml_tensor * t : { hadamards.k, hadamards.v }) {
+            if (t) {
+                cache->fill_hadamard(t);
+            }
+        }
     }
     for (Piece & p : pieces) {
         const uint32_t       lowest = *std::min_element(p.src.begin(), p.src.end());
@@ -277,16 +328,18 @@ uint32_t join(llama_context * ctx_src, llama_context * ctx_dst, const std::vecto
         graph_size += LayerGraph::max_nodes(p);
     }
 
-    ggml_context_ptr        inputs_ctx = make_context(4 * pieces.size());
-    ggml_backend_buffer_ptr inputs     = make_inputs(inputs_ctx.get(), pieces, src, dst, reservation);
+    ggml_context_ptr inputs_ctx    = make_context(4 * pieces.size() + 4);
+    const Hadamards  src_hadamards = make_hadamards(inputs_ctx.get(), src);
+    const Hadamards  dst_hadamards = make_hadamards(inputs_ctx.get(), dst);
+    ggml_backend_buffer_ptr inputs =
+        make_inputs(inputs_ctx.get(), pieces, src, dst, src_hadamards, dst_hadamards, reservation);
     ggml_backend_sched_ptr  sched      = make_sched(dst, 2 * graph_size);
 
     const size_t n_layers = src.layers().size();
     for (size_t il = 0; il < n_layers; ++il) {
         ggml_context_ptr ctx = make_context(2 * graph_size, ggml_graph_overhead_custom(graph_size, false));
         ggml_cgraph *    gf  = ggml_new_graph_custom(ctx.get(), graph_size, false);
-        LayerGraph       layer(ctx.get(), gf, src, dst);
-        layer.dst_stream = reservation.stream;
+        LayerGraph       layer(ctx.get(), gf, src, dst, reservation.stream, src_hadamards, dst_hadamards);
         for (size_t i = 0; i < pieces.size(); ++i) {
             const Affine * a = affine ? &affine[i * n_layers + il] : nullptr;
             layer.move_k(src.layers()[il], dst.layers()[il], pieces[i], a);

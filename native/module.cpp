@@ -65,21 +65,22 @@ std::tuple<std::vector<llama_pos>, std::vector<int64_t>, Bytes, Bytes> read_cell
     }
     const pyps::Layer & l     = cache.layers()[layer];
     const auto          cells = cache.all_cells(seq);
-    const size_t        size  = ggml_type_size(l.v->type);
+    const size_t        size  = ggml_type_size(l.v->type);  // of an element; used where V is transposed
+    const size_t        v_row = ggml_row_size(l.v->type, l.n_embd_v);
 
     std::vector<llama_pos> pos;
     std::vector<int64_t>   rows;
     Bytes                  k = make_bytes(cells.size(), l.k->nb[1]);
-    Bytes                  v = make_bytes(cells.size(), l.n_embd_v * size);
+    Bytes                  v = make_bytes(cells.size(), v_row);
     for (size_t i = 0; i < cells.size(); ++i) {
         const auto & c = cells[i];
         pos.push_back(c.pos);
         rows.push_back((int64_t) c.stream * cache.n_cells() + c.index);
         ggml_backend_tensor_get(l.k, k.data() + i * l.k->nb[1], c.stream * l.k->nb[2] + c.index * l.k->nb[1],
                                 l.k->nb[1]);
-        uint8_t * to = v.data() + i * l.n_embd_v * size;
+        uint8_t * to = v.data() + i * v_row;
         if (!cache.v_transposed()) {
-            ggml_backend_tensor_get(l.v, to, c.stream * l.v->nb[2] + c.index * l.v->nb[1], l.n_embd_v * size);
+            ggml_backend_tensor_get(l.v, to, c.stream * l.v->nb[2] + c.index * l.v->nb[1], v_row);
             continue;
         }
         for (int64_t j = 0; j < l.n_embd_v; ++j) {

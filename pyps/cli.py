@@ -128,7 +128,7 @@ class _Interrupt:
     type=click.Choice(list(KV_TYPES)),
     default="f16",
     show_default=True,
-    help="Type of K and V in the caches.",
+    help="Type of K and V in the caches; the quantised ones are smaller and, on a CPU, slower.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 def run(

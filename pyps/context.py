@@ -21,11 +21,9 @@ if TYPE_CHECKING:
     from pyps.adapter import Adapter
 
 # types of K and V that a cache can have and a join can move
-KV_TYPES = {
-    "f16": int(gguf.GGMLQuantizationType.F16),
-    "bf16": int(gguf.GGMLQuantizationType.BF16),
-    "f32": int(gguf.GGMLQuantizationType.F32),
-}
+KV_TYPES = {name: gguf.GGMLQuantizationType[name.upper()] for name in ("f16", "bf16", "f32", "q8_0", "q4_0")}
+# llama.cpp has a quantised V only with flash attention
+QUANTISED_KV_TYPES = ("q8_0", "q4_0")
 
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 
@@ -67,7 +65,7 @@ class Context:
         model: closing it closes the context.
         n_ctx: cells of each sequence, rounded up to a multiple of 256 by llama.cpp.
         n_seq: number of sequences, 1 to 256.
-        kv_type: a key of KV_TYPES.
+        kv_type: a key of KV_TYPES. The quantised ones need flash_attn.
         flash_attn: on a CPU it is faster for long prefills and much slower for short batches and decoding.
         threads: None for `default_threads()`.
         unified: one buffer for all sequences instead of a stream each.
@@ -95,6 +93,8 @@ class Context:
         self._pointer: llama_cpp.llama_context_p | None = None
         if kv_type not in KV_TYPES:
             raise InputError(f"KV type {kv_type!r} is not supported: choose one of {', '.join(KV_TYPES)}")
+        if kv_type in QUANTISED_KV_TYPES and not flash_attn:
+            raise InputError(f"KV type {kv_type!r} needs flash attention (flash_attn=True)")
         if not 1 <= n_seq <= MAX_SEQUENCES:
             raise InputError(f"a context can hold 1 to {MAX_SEQUENCES} sequences, not {n_seq}")
         if not 1 <= n_ctx * n_seq < 2**31:
@@ -263,7 +263,8 @@ class Context:
 def _check_memory(model: Model, cells: int, kv_type: str) -> None:
     """Raises InputError if K and V alone would not fit into this machine: llama.cpp would try, and be killed for it."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    per_cell = 2 * model.n_layer * model.n_embd_kv * (4 if kv_type == "f32" else 2)
+    block, size = gguf.GGML_QUANT_SIZES[KV_TYPES[kv_type]]
+    per_cell = 2 * model.n_layer * model.n_embd_kv * size // block
     if cells * (per_cell + _CELL_BYTES) > physical:
         raise InputError(
             f"{cells:,} cells of K and V ({kv_type}) need {cells * (per_cell + _CELL_BYTES) / 1e9:,.0f} GB; this "

@@ -8,7 +8,7 @@ from pathlib import Path
 import llama_cpp
 
 from pyps.adapter import Adapter
-from pyps.context import KV_TYPES, MAX_SEQUENCES, Context, Span, join
+from pyps.context import KV_TYPES, MAX_SEQUENCES, QUANTISED_KV_TYPES, Context, Span, join
 from pyps.errors import InputError
 from pyps.events import (
     AnswerToken,
@@ -53,7 +53,7 @@ class ForkJoin:
         llama: instead, an existing `llama_cpp.Llama`, whose model is used and which is left alone.
         adapter: path of an adapter for the synthesizer; its mapper and LoRA are used.
         layout: "shared" or "paper"; None for the adapter's, or "shared".
-        kv_type: type of K and V: "f16", "bf16" or "f32".
+        kv_type: type of K and V: "f16", "bf16", "f32"; "q8_0" or "q4_0", smaller and, on a CPU, slower.
         n_ctx: most cells any one sequence may need; None for what the model was trained on, and what a job needs.
         threads: None for the physical cores.
 
@@ -86,8 +86,8 @@ class ForkJoin:
         self._kv_type = kv_type
         self._n_ctx = n_ctx
         self._threads = threads
-        # on a GPU flash attention is the better choice for every batch
-        self._flash_attn = bool(llama_cpp.llama_supports_gpu_offload())
+        # on a GPU flash attention is the better choice for every batch; quantised caches have no other
+        self._flash_attn = bool(llama_cpp.llama_supports_gpu_offload()) or kv_type in QUANTISED_KV_TYPES
 
     @classmethod
     def from_pretrained(

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from pyps.context import Context, Token
@@ -22,11 +24,29 @@ class Cells:
 
 
 def to_float(data: NDArray[np.uint8], kv_type: str) -> NDArray[np.float32]:
+    """Values as they are stored: those of a quantised cache may be in the Hadamard domain (see hadamard)."""
     if kv_type == "f32":
         return data.view(np.float32)
     if kv_type == "f16":
         return data.view(np.float16).astype(np.float32)
+    if kv_type in ("q8_0", "q4_0"):
+        return dequantize(data, GGMLQuantizationType[kv_type.upper()])
     return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)  # bf16
+
+
+def hadamard(values: NDArray[np.float32], n: int) -> NDArray[np.float32]:
+    """Every block of n channels multiplied by the orthonormal Hadamard matrix, its own inverse."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < n:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    blocks = values.reshape(len(values), -1, n) @ (matrix / np.sqrt(n))
+    return blocks.reshape(values.shape).astype(np.float32)
+
+
+def quantisation_steps(values: NDArray[np.float32], kv_type: str) -> NDArray[np.float32]:
+    """For each value the distance between neighbours when its block of 32 is quantised."""
+    blocks = np.abs(values.reshape(-1, 32)).max(axis=1, keepdims=True) / (127 if kv_type == "q8_0" else 8)
+    return np.broadcast_to(blocks, (len(blocks), 32)).reshape(values.shape)
 
 
 def round_to(values: NDArray[np.float32], kv_type: str) -> NDArray[np.float32]:

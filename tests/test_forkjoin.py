@@ -217,7 +217,7 @@ def test_from_several_threads(tiny_path: Path) -> None:
     assert all((g.branches, g.answer) == (want.branches, want.answer) for g in got)
 
 
-@pytest.mark.parametrize("kv_type", ["f32", "bf16"])
+@pytest.mark.parametrize("kv_type", ["f32", "bf16", "q8_0", "q4_0"])
 def test_kv_types(smollm2_path: Path, kv_type: str) -> None:
     with ForkJoin.from_pretrained(str(smollm2_path), kv_type=kv_type) as fj:
         assert fj.run(TASK, BRANCHES, sampling=GREEDY).answer

@@ -10,7 +10,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from caches import EPSILON, fill, kl, read, rotate, round_to
+from caches import EPSILON, fill, hadamard, kl, quantisation_steps, read, rotate, round_to
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import HEAD_DIM, write_model
@@ -496,9 +496,103 @@ def test_contexts_that_encode_positions_differently_are_refused(tiny: Model) -> 
         llama_cpp.llama_free(own)
 
 
-def test_quantised_caches_are_refused_for_now(tiny: Model) -> None:
-    with pytest.raises(InputError, match="choose one of f16, bf16, f32"):
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """Heads of 128 channels: llama.cpp rotates quantised K in blocks of 128, and V in blocks of 64."""
+    model = Model.load(write_model(tmp_path_factory.mktemp("wide") / "m.gguf", head_dim=128))
+    yield model
+    model.close()
+
+
+@pytest.mark.parametrize("unified", [False, True])
+@pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])
+def test_quantised_caches_keep_every_bit_without_rotation_and_mapper(wide: Model, kv_type: str, unified: bool) -> None:
+    with (
+        make_source(wide, kv_type=kv_type, flash_attn=True, unified=unified) as src,
+        Context(wide, 512, kv_type=kv_type, flash_attn=True) as dst,
+    ):
+        join(src, dst, [Span(0, 5, 40, 5), Span(1, 0, 30, 0)])
+        for layer in range(N_LAYERS):
+            first, second, found = (
+                read(src, 0, layer, kv_type),
+                read(src, 1, layer, kv_type),
+                read(dst, 0, layer, kv_type),
+            )
+            order = np.argsort(found.rows)
+            assert (found.k_bytes[order] == np.concatenate([first.k_bytes[5:40], second.k_bytes[:30]])).all()
+            assert (found.v_bytes[order] == np.concatenate([first.v_bytes[5:40], second.v_bytes[:30]])).all()
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize(
+    ("src_type", "dst_type"), [("q8_0", "q8_0"), ("q4_0", "q4_0"), ("q8_0", "f32"), ("f16", "q8_0"), ("q4_0", "q8_0")]
+)
+def test_contents_of_quantised_caches(wide: Model, src_type: str, dst_type: str, mapped: bool) -> None:
+    """Out of the Hadamard domain, turned and mapped, and back: within one quantisation step of what it should be."""
+
+    def plain(values: np.ndarray, kv_type: str, block: int) -> np.ndarray:
+        return hadamard(values, block) if kv_type in ("q8_0", "q4_0") else values
+
+    affine = np.array([[[0.93, 0.05, 1.07, -0.04]] * N_LAYERS], np.float32) if mapped else None
+    with (
+        make_source(wide, kv_type=src_type, flash_attn=True, unified=False) as src,
+        Context(wide, 256, kv_type=dst_type, flash_attn=True) as dst,
+    ):
+        join(src, dst, [Span(0, 10, 40, 3)], 0, affine)
+        for layer in range(N_LAYERS):
+            source, found = read(src, 0, layer, src_type), read(dst, 0, layer, dst_type)
+            want_k = rotate(plain(source.k[10:40], src_type, 128), -7, 128, 10000.0, neox=False)
+            want_v = plain(source.v[10:40], src_type, 64)
+            if mapped:
+                want_k, want_v = 0.93 * want_k + 0.05, 1.07 * want_v - 0.04
+            for want, got, block in ((want_k, found.k, 128), (want_v, found.v, 64)):
+                if dst_type == "f32":
+                    np.testing.assert_allclose(got, want, rtol=0, atol=5e-6 * np.abs(want).max())
+                    continue
+                stored = hadamard(want.astype(np.float32), block)
+                # a step and a half: q4_0 cuts off the far end of its range
+                steps = quantisation_steps(stored, dst_type)
+                assert (np.abs(got - stored) <= 1.5 * steps + 1e-5).all()
+                assert np.abs(got - stored).mean() < 0.5 * steps.mean()
+
+
+@pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])
+def test_a_join_in_quantised_caches_costs_no_more_than_quantising_twice(smollm2: Model, kv_type: str) -> None:
+    """Next-token distributions against the same thing in f32: with a join (stored twice) and without (stored once)."""
+    text = smollm2.tokenize("The river Elbe rises in the Czech Republic and flows through Dresden and Hamburg to the")
+    question = smollm2.tokenize(" sea. In short, the Elbe flows to")
+
+    def distributions(cache: str, joined: bool) -> np.ndarray:
+        flash = cache != "f32"
+        with (
+            Context(smollm2, 256, kv_type=cache, flash_attn=flash) as branch,
+            Context(smollm2, 256, kv_type=cache, flash_attn=flash, n_logits=64) as ctx,
+        ):
+            if joined:
+                # the same text 11 positions further on: RoPE is relative, so only K's angles differ
+                branch.decode([Token(t, 11 + i, 0) for i, t in enumerate(text)])
+                join(branch, ctx, [Span(0, 11, 11 + len(text), 0)])
+            else:
+                ctx.prefill(0, text)
+            start = ctx.end(0)
+            ctx.decode([Token(t, start + i, 0, logits=True) for i, t in enumerate(question)])
+            return np.stack([ctx.logits(i) for i in range(len(question))])
+
+    exact = distributions("f32", joined=False)
+    with_join = np.mean([kl(e, q) for e, q in zip(exact, distributions(kv_type, joined=True), strict=True)])
+    without = np.mean([kl(e, q) for e, q in zip(exact, distributions(kv_type, joined=False), strict=True)])
+    print(f"{kv_type}: KL to f32 {without:.2e} without a join, {with_join:.2e} with one")
+    assert with_join <= 2 * without
+
+
+def test_a_quantised_type_that_a_model_cannot_have(tiny: Model) -> None:
+    """Heads of 16 channels cannot be cut into blocks of 32."""
+    with pytest.raises(InputError, match=r"cannot make a context.*q8_0"):
+        Context(tiny, 256, kv_type="q8_0", flash_attn=True)
+    with pytest.raises(InputError, match="needs flash attention"):
         Context(tiny, 256, kv_type="q8_0")
+    with pytest.raises(InputError, match="choose one of f16, bf16, f32, q8_0, q4_0"):
+        Context(tiny, 256, kv_type="q2_k")
 
 
 def test_rounding_helper() -> None:

@@ -50,12 +50,12 @@ def _byte_tokens() -> list[str]:
     return [chr(b) if b in printable else chr(next(spare)) for b in range(256)]
 
 
-def _attention(n_head_kv: int = N_HEAD_KV) -> dict[str, tuple[int, ...]]:
+def _attention(head_dim: int = HEAD_DIM) -> dict[str, tuple[int, ...]]:
     return {
-        "attn_q.weight": (N_HEAD * HEAD_DIM, N_EMBD),
-        "attn_k.weight": (n_head_kv * HEAD_DIM, N_EMBD),
-        "attn_v.weight": (n_head_kv * HEAD_DIM, N_EMBD),
-        "attn_output.weight": (N_EMBD, N_HEAD * HEAD_DIM),
+        "attn_q.weight": (N_HEAD * head_dim, N_EMBD),
+        "attn_k.weight": (N_HEAD_KV * head_dim, N_EMBD),
+        "attn_v.weight": (N_HEAD_KV * head_dim, N_EMBD),
+        "attn_output.weight": (N_EMBD, N_HEAD * head_dim),
     }
 
 
@@ -68,7 +68,7 @@ def _feed_forward() -> dict[str, tuple[int, ...]]:
     }
 
 
-def _layer(arch: str, i: int) -> dict[str, tuple[int, ...]]:
+def _layer(arch: str, i: int, head_dim: int) -> dict[str, tuple[int, ...]]:
     norm = {"attn_norm.weight": (N_EMBD,)}
     if arch == "mamba":
         return norm | _SSM
@@ -104,14 +104,20 @@ def _layer(arch: str, i: int) -> dict[str, tuple[int, ...]]:
             }
             | _feed_forward()
         )
-    return norm | _attention() | _feed_forward() | _PER_LAYER[arch]
+    return norm | _attention(head_dim) | _feed_forward() | _PER_LAYER[arch]
 
 
 def write_model(
-    path: Path, arch: str = "llama", n_layers: int = 4, seed: int = 0, freq_factors: bool = False, **metadata: Any
+    path: Path,
+    arch: str = "llama",
+    n_layers: int = 4,
+    seed: int = 0,
+    head_dim: int = HEAD_DIM,
+    freq_factors: bool = False,
+    **metadata: Any,
 ) -> Path:
-    """A model of the architecture, F32 throughout. freq_factors: with Llama 3's divisors of the RoPE frequencies.
-    metadata: more keys, "." written as "__"; None leaves one out."""
+    """A model of the architecture, F32 throughout. head_dim: other than HEAD_DIM for llama only. freq_factors: with
+    Llama 3's divisors of the RoPE frequencies. metadata: more keys, "." written as "__"; None leaves one out."""
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, arch)
     tokens = [*_byte_tokens(), "<|im_start|>", "<|im_end|>", "<|endoftext|>", "Ġa"]
@@ -127,6 +133,10 @@ def write_model(
     elif arch != "mamba":
         writer.add_head_count(N_HEAD)
         writer.add_head_count_kv(N_HEAD if arch == "gpt2" else 1 if arch == "deepseek2" else N_HEAD_KV)
+    if head_dim != HEAD_DIM:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+        writer.add_rope_dimension_count(head_dim)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_layer_norm_eps(1e-5)
     if arch in ("mamba", "jamba"):
@@ -179,9 +189,9 @@ def write_model(
         tensor("position_embd.weight", (2048, N_EMBD))
         tensor("output_norm.bias", (N_EMBD,))
     if freq_factors:
-        writer.add_tensor("rope_freqs.weight", np.linspace(1, 8, HEAD_DIM // 2).astype(np.float32))
+        writer.add_tensor("rope_freqs.weight", np.linspace(1, 8, head_dim // 2).astype(np.float32))
     for i in range(n_layers):
-        for name, shape in _layer(arch, i).items():
+        for name, shape in _layer(arch, i, head_dim).items():
             tensor(f"blk.{i}.{name}", shape)
     return _finish(writer, path)
 
