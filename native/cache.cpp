@@ -3,26 +3,19 @@
 // llama.cpp's internals, at the version CMakeLists.txt pins
 #include "llama-batch.h"
 #include "llama-context.h"
+#include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache.h"
 #include "llama-model.h"
 
 #include "ggml-cpp.h"
 
 #include <algorithm>
-#include <set>
 
 namespace pyps {
 
-struct Reservation::Impl {
-    // ubatch_reserve hands out pointers into the ubatch's own shared data; the sequence id it points to is ours
-    llama_seq_id              seq;
-    llama_ubatch              ubatch;
-    llama_kv_cache::slot_info slot;
-};
-
 struct Cache::Impl {
-    llama_context *  ctx;
     llama_kv_cache * kv;
+    bool             sliding;
     ggml_context_ptr views;  // holds the views through which V's storage is found, and two unused inputs
 };
 
@@ -38,6 +31,7 @@ Positions positions_of(llm_arch arch) {
         case LLM_ARCH_LLAMA:
         case LLM_ARCH_QWEN2:
         case LLM_ARCH_QWEN3:
+        case LLM_ARCH_GEMMA3:
             return Positions::rope;
         case LLM_ARCH_SMOLLM3:
             return Positions::nope_every_4th;
@@ -66,11 +60,8 @@ std::string why_not(const llama_model & model) {
     if (hp.rope_type == LLAMA_ROPE_TYPE_NONE) {
         return "its positions are not rotary (RoPE), so keys cannot be moved";
     }
-    if (hp.swa_type != LLAMA_SWA_TYPE_NONE) {
-        return "it uses sliding-window attention, which pyps cannot join yet";
-    }
     if (positions_of(model.arch) == Positions::unknown) {
-        return "this architecture is not among those that pyps is tested with (llama, qwen2, qwen3, smollm3)";
+        return "this architecture is not among those that pyps is tested with (llama, qwen2, qwen3, smollm3, gemma3)";
     }
     return "";
 }
@@ -86,17 +77,11 @@ std::string why_not_joinable(const llama_model * model) {
     return reason.empty() ? "" : "caches of '" + model->arch_name() + "' models cannot be joined: " + reason;
 }
 
-Cache::Cache(llama_context * ctx) : impl_(std::make_unique<Impl>()) {
+Cache::Cache(llama_context * ctx, void * kv_address, bool sliding) : impl_(std::make_unique<Impl>()) {
+    auto *              kv    = static_cast<llama_kv_cache *>(kv_address);
     const llama_model & model = ctx->get_model();
-    if (const auto reason = why_not(model); !reason.empty()) {
-        refuse(model, reason);
-    }
-    auto * kv = dynamic_cast<llama_kv_cache *>(ctx->get_memory());
-    if (!kv) {
-        refuse(model, "this context has no plain KV cache");
-    }
-    impl_->ctx = ctx;
-    impl_->kv  = kv;
+    impl_->kv                 = kv;
+    impl_->sliding            = sliding;
 
     const auto ids = kv->get_layer_ids();
     impl_->views.reset(ggml_init({ (ids.size() + 2) * ggml_tensor_overhead(), nullptr, /*no_alloc*/ true }));
@@ -116,27 +101,28 @@ Cache::Cache(llama_context * ctx) : impl_(std::make_unique<Impl>()) {
         ggml_tensor * v = kv->get_v(impl_->views.get(), il, kv->get_size(), all);
         // the setting for flash attention does not tell: the layout is fixed before "auto" is resolved
         v_transposed_   = v->nb[1] > v->nb[2];
-        l.index         = il;
+        l.number        = 0;
+        for (uint32_t i = 0; i < il; ++i) {
+            l.number += hp.has_kv(i);
+        }
         l.k             = kv->get_k_storage(il);
         l.v             = v->view_src;
         l.head_dim      = hp.n_embd_head_k(il);
         l.n_embd_k      = hp.n_embd_k_gqa(il);
         l.n_embd_v      = hp.n_embd_v_gqa(il);
-        l.rotates = positions_of(model.arch) != Positions::nope_every_4th || (il + 1) % 4 != 0;
-        l.rope    = { (int) hp.n_rot(il),
-                      (int) hp.rope_type,
-                      (int) cp.n_ctx_orig_yarn,
-                      model.get_rope_freq_base(cp, il),
-                      model.get_rope_freq_scale(cp, il),
-                      cp.yarn_ext_factor,
-                      cp.yarn_beta_fast,
-                      cp.yarn_beta_slow,
-                      model.get_rope_factors(cp, il) };
+        l.rotates       = positions_of(model.arch) != Positions::nope_every_4th || (il + 1) % 4 != 0;
+        l.rope          = { (int) hp.n_rot(il),
+                            (int) hp.rope_type,
+                            (int) cp.n_ctx_orig_yarn,
+                            model.get_rope_freq_base(cp, il),
+                            model.get_rope_freq_scale(cp, il),
+                            cp.yarn_ext_factor,
+                            cp.yarn_beta_fast,
+                            cp.yarn_beta_slow,
+                            model.get_rope_factors(cp, il) };
         layers_.push_back(l);
     }
-    if (layers_.empty()) {
-        refuse(model, "it has no attention layers");
-    }
+
     // the inputs that llama.cpp's own graphs would use tell the sizes; null where nothing is rotated
     if (const ggml_tensor * rot = kv->build_input_k_rot(impl_->views.get())) {
         k_hadamard_ = rot->ne[0];
@@ -146,46 +132,18 @@ Cache::Cache(llama_context * ctx) : impl_(std::make_unique<Impl>()) {
     }
 }
 
-Cache::~Cache() = default;
-
-const void * Cache::model() const {
-    return &impl_->ctx->get_model();
-}
-
-ggml_backend_sched_t Cache::sched() const {
-    return impl_->ctx->get_sched();
-}
-
-int Cache::n_threads() const {
-    return impl_->ctx->n_threads_batch();
-}
+Cache::~Cache()                 = default;
+Cache::Cache(Cache &&) noexcept = default;
 
 uint32_t Cache::n_cells() const {
     return impl_->kv->get_size();
-}
-
-uint32_t Cache::n_seq_max() const {
-    return impl_->ctx->n_seq_max();
 }
 
 void Cache::fill_hadamard(ggml_tensor * t) const {
     impl_->kv->set_input_k_rot(t);  // K's and V's matrices are looked up by their size in one table
 }
 
-void Cache::settle() {
-    impl_->ctx->memory_update(false);
-    impl_->ctx->synchronize();
-}
-
-void Cache::check_seq(llama_seq_id seq) const {
-    if (seq < 0 || (uint32_t) seq >= n_seq_max()) {
-        throw InputError("sequence " + std::to_string(seq) + " does not exist: this context has sequences 0 to " +
-                         std::to_string(n_seq_max() - 1));
-    }
-}
-
 std::vector<Cell> Cache::all_cells(llama_seq_id seq) const {
-    check_seq(seq);
     const auto &   cells  = impl_->kv->get_cells(seq);
     const uint32_t stream = impl_->kv->get_stream(seq);
 
@@ -205,8 +163,11 @@ std::vector<Cell> Cache::cells(llama_seq_id seq, llama_pos p0, llama_pos p1) con
     if (found.empty()) {
         throw InputError("sequence " + std::to_string(seq) + " is empty: there is nothing to join");
     }
-    const std::string has = "sequence " + std::to_string(seq) + " has positions " + std::to_string(found.front().pos) +
-                            " to " + std::to_string(found.back().pos);
+    std::string has = "sequence " + std::to_string(seq) + " has positions " + std::to_string(found.front().pos) +
+                      " to " + std::to_string(found.back().pos);
+    if (impl_->sliding) {
+        has += " in its layers with a sliding window (a context made with swa_full keeps all of them)";
+    }
     const std::string asked = "the range [" + std::to_string(p0) + ", " + std::to_string(p1) + ") ";
     if (p0 < found.front().pos || p1 - 1 > found.back().pos) {
         throw InputError(asked + "is outside the sequence: " + has);
@@ -227,8 +188,7 @@ std::vector<Cell> Cache::cells(llama_seq_id seq, llama_pos p0, llama_pos p1) con
     return found;
 }
 
-Reservation Cache::reserve(llama_seq_id seq, const std::vector<Cell> & entries) const {
-    check_seq(seq);
+Reservation Cache::reserve(llama_seq_id seq, std::vector<Cell> entries) const {
     const auto &   cells  = impl_->kv->get_cells(seq);
     const uint32_t n      = entries.size();
     const uint32_t n_free = cells.size() - cells.get_used();
@@ -240,41 +200,36 @@ Reservation Cache::reserve(llama_seq_id seq, const std::vector<Cell> & entries) 
                          std::to_string(n_free) + " free of " + std::to_string(cells.size()) +
                          ": make it larger (n_ctx)");
     }
-
-    Reservation r;
-    r.impl        = std::make_shared<Reservation::Impl>();
-    r.impl->seq   = seq;
-    auto & ubatch = r.impl->ubatch;
-
-    llama_batch_allocr balloc(/*n_pos_per_embd*/ 1);
-    ubatch               = balloc.ubatch_reserve(n, 1);
-    ubatch.seq_id_unq[0] = seq;
-    for (uint32_t i = 0; i < n; ++i) {
-        ubatch.token[i]    = entries[i].token;
-        ubatch.pos[i]      = entries[i].pos;
-        ubatch.n_seq_id[i] = 1;
-        ubatch.seq_id[i]   = &r.impl->seq;
-    }
-
-    r.impl->slot = impl_->kv->find_slot(ubatch, /*cont*/ true);
-    if (r.impl->slot.empty()) {
-        r.impl->slot = impl_->kv->find_slot(ubatch, /*cont*/ false);
-    }
-    if (r.impl->slot.empty()) {
-        throw InputError("no free cells were found for the joined spans: make the context larger (n_ctx)");
-    }
-    r.stream = r.impl->slot.strm[0];
-    r.index  = r.impl->slot.idxs[0];
-    for (const uint32_t i : r.index) {
-        if (!cells.is_empty(i)) {
-            throw std::logic_error("llama.cpp offered a used cell");
+    // Not llama_kv_cache::find_slot: where there is a sliding window it also offers used cells that are out of sight.
+    Reservation r{ seq, std::move(entries), impl_->kv->get_stream(seq), {} };
+    for (uint32_t i = 0; i < cells.size() && r.index.size() < n; ++i) {
+        if (cells.is_empty(i)) {
+            r.index.push_back(i);
+        } else if (cells.size() - cells.used_max_p1() >= n) {
+            r.index.clear();  // there is room for all of them side by side, further on
         }
     }
     return r;
 }
 
 void Cache::commit(const Reservation & r) {
-    impl_->kv->apply_ubatch(r.impl->slot, r.impl->ubatch);
+    const uint32_t     n = r.index.size();
+    llama_batch_allocr balloc(/*n_pos_per_embd*/ 1);
+    llama_ubatch       ubatch = balloc.ubatch_reserve(n, 1);
+    llama_seq_id       seq    = r.seq;
+    ubatch.seq_id_unq[0]      = seq;
+    for (uint32_t i = 0; i < n; ++i) {
+        ubatch.token[i]    = r.entries[i].token;
+        ubatch.pos[i]      = r.entries[i].pos;
+        ubatch.n_seq_id[i] = 1;
+        ubatch.seq_id[i]   = &seq;
+    }
+    llama_kv_cache::slot_info slot;
+    slot.s0   = r.stream;
+    slot.s1   = r.stream;
+    slot.strm = { r.stream };
+    slot.idxs = { r.index };
+    impl_->kv->apply_ubatch(slot, ubatch);
 }
 
 void Cache::zero(const Reservation & r) {
@@ -290,6 +245,53 @@ void Cache::zero(const Reservation & r) {
                 ggml_backend_tensor_memset(l.v, 0, r.stream * l.v->nb[2] + (j * n_cells() + i) * size, size);
             }
         }
+    }
+}
+
+Memory::Memory(llama_context * ctx) : ctx_(ctx) {
+    const llama_model & model = ctx->get_model();
+    if (const auto reason = why_not(model); !reason.empty()) {
+        refuse(model, reason);
+    }
+    if (auto * kv = dynamic_cast<llama_kv_cache *>(ctx->get_memory())) {
+        caches_.emplace_back(ctx, kv, false);
+    } else if (auto * both = dynamic_cast<llama_kv_cache_iswa *>(ctx->get_memory())) {
+        caches_.emplace_back(ctx, both->get_base(), false);
+        caches_.emplace_back(ctx, both->get_swa(), true);
+    } else {
+        refuse(model, "this context has no KV cache that pyps knows");
+    }
+}
+
+const void * Memory::model() const {
+    return &ctx_->get_model();
+}
+
+ggml_backend_sched_t Memory::sched() const {
+    return ctx_->get_sched();
+}
+
+int Memory::n_threads() const {
+    return ctx_->n_threads_batch();
+}
+
+size_t Memory::n_layers() const {
+    size_t n = 0;
+    for (const Cache & cache : caches_) {
+        n += cache.layers().size();
+    }
+    return n;
+}
+
+void Memory::settle() {
+    ctx_->memory_update(false);
+    ctx_->synchronize();
+}
+
+void Memory::check_seq(llama_seq_id seq) const {
+    if (seq < 0 || (uint32_t) seq >= ctx_->n_seq_max()) {
+        throw InputError("sequence " + std::to_string(seq) + " does not exist: this context has sequences 0 to " +
+                         std::to_string(ctx_->n_seq_max() - 1));
     }
 }
 

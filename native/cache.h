@@ -1,4 +1,4 @@
-// A llama.cpp KV cache, seen through the few things a join needs.
+// llama.cpp's KV caches, seen through the few things a join needs.
 //
 // cache.cpp is the one file that includes llama.cpp's internal headers. They change with every release:
 // when the pinned llama-cpp-python moves, this interface stays and cache.cpp is what has to follow.
@@ -44,7 +44,7 @@ struct Rope {
 // One attention layer's storage. K rows are cells: [n_embd_k, n_cells, n_streams]. V has the same shape when it is
 // not transposed; when it is (flash attention off), each stream holds [n_cells, n_embd_v] instead, cells innermost.
 struct Layer {
-    int           index;  // the model's layer number
+    size_t        number;  // among all layers with K and V, from 0: what the mapper goes by
     ggml_tensor * k;
     ggml_tensor * v;
     int64_t       head_dim;  // of K
@@ -63,25 +63,21 @@ struct Cell {
 
 // Empty cells chosen for new entries of one sequence. Nothing is marked used until Cache::commit.
 struct Reservation {
+    llama_seq_id          seq;
+    std::vector<Cell>     entries;  // position and token of each
     uint32_t              stream;
-    std::vector<uint32_t> index;  // one cell an entry, in the order they were asked for
-
-    struct Impl;
-    std::shared_ptr<Impl> impl;
+    std::vector<uint32_t> index;    // the cell of each
 };
 
+// One llama_kv_cache: some of a model's layers, and cells of their own.
 class Cache {
   public:
-    // Throws Refusal when the context's memory is not a plain attention cache this project can re-encode.
-    explicit Cache(llama_context * ctx);
+    Cache(llama_context * ctx, void * kv, bool sliding);
     ~Cache();
+    Cache(Cache &&) noexcept;
 
     const std::vector<Layer> & layers() const { return layers_; }
-    const void *               model() const;
-    ggml_backend_sched_t       sched() const;
-    int                        n_threads() const;
     uint32_t                   n_cells() const;  // of each stream
-    uint32_t                   n_seq_max() const;
     bool                       v_transposed() const { return v_transposed_; }
 
     // Quantised caches hold every block of this many channels multiplied by a Hadamard matrix (symmetric, orthogonal:
@@ -92,10 +88,6 @@ class Cache {
     // Fills an F32 [n, n] tensor in host memory, n being k_hadamard() or v_hadamard().
     void fill_hadamard(ggml_tensor * t) const;
 
-    // Carries out what llama.cpp has queued (shifts, copies between streams) and waits for its computation. A queued
-    // copy would otherwise overwrite cells placed after it was asked for.
-    void settle();
-
     // The cells of seq with positions in [p0, p1), ordered by position. Several cells may share a position (a joined
     // sequence); every position must have one. Throws InputError, with the range the sequence has.
     std::vector<Cell> cells(llama_seq_id seq, llama_pos p0, llama_pos p1) const;
@@ -103,8 +95,8 @@ class Cache {
     // All cells of seq, ordered by position; may be empty.
     std::vector<Cell> all_cells(llama_seq_id seq) const;
 
-    // Finds empty cells for entries of seq with the given positions and tokens. Throws InputError with the numbers.
-    Reservation reserve(llama_seq_id seq, const std::vector<Cell> & entries) const;
+    // Finds empty cells for entries of seq, side by side if possible. Throws InputError with the numbers.
+    Reservation reserve(llama_seq_id seq, std::vector<Cell> entries) const;
     void        commit(const Reservation & reservation);
 
     // Overwrites the data of reserved cells with zeros: attention reads free cells too, under the mask, and a NaN left
@@ -112,14 +104,37 @@ class Cache {
     void zero(const Reservation & reservation);
 
   private:
-    void check_seq(llama_seq_id seq) const;
-
     struct Impl;
     std::unique_ptr<Impl> impl_;
     std::vector<Layer>    layers_;
     bool                  v_transposed_ = false;
     int64_t               k_hadamard_   = 0;
     int64_t               v_hadamard_   = 0;
+};
+
+// What a context remembers: one cache, or two where some layers have a sliding window.
+class Memory {
+  public:
+    // Throws Refusal when the context's memory is not attention caches that this project can re-encode.
+    explicit Memory(llama_context * ctx);
+
+    std::vector<Cache> &       caches() { return caches_; }
+    const std::vector<Cache> & caches() const { return caches_; }
+    const void *               model() const;
+    ggml_backend_sched_t       sched() const;
+    int                        n_threads() const;
+    size_t                     n_layers() const;  // with K and V, in all caches
+
+    // Carries out what llama.cpp has queued (shifts, copies between streams) and waits for its computation. A queued
+    // copy would otherwise overwrite cells placed after it was asked for.
+    void settle();
+
+    // Throws InputError for a sequence that this context does not have: llama.cpp would abort.
+    void check_seq(llama_seq_id seq) const;
+
+  private:
+    llama_context *    ctx_;
+    std::vector<Cache> caches_;
 };
 
 // Empty, or why a model of this kind cannot be joined. Needs no context.

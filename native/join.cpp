@@ -46,13 +46,24 @@ struct Hadamards {
     ggml_tensor * v = nullptr;
 };
 
+// What a join does in one pair of caches. A model with sliding windows has two pairs, each with cells of its own.
+struct Job {
+    const Cache &      src;
+    Cache &            dst;
+    std::vector<Piece> pieces;
+    Reservation        reservation;
+
+    Hadamards               src_hadamards, dst_hadamards;
+    ggml_context_ptr        inputs_ctx;
+    ggml_backend_buffer_ptr inputs;
+};
+
 // Builds the graph that moves one layer. A graph a layer keeps the f32 intermediates small enough for the CPU's cache.
 class LayerGraph {
   public:
-    LayerGraph(ggml_context * ctx, ggml_cgraph * gf, const Cache & src, const Cache & dst, uint32_t dst_stream,
-               const Hadamards & src_hadamards, const Hadamards & dst_hadamards) :
-        ctx_(ctx), gf_(gf), src_(src), dst_(dst), dst_stream_(dst_stream), src_h_(src_hadamards),
-        dst_h_(dst_hadamards) {}
+    LayerGraph(ggml_context * ctx, ggml_cgraph * gf, const Job & job) :
+        ctx_(ctx), gf_(gf), src_(job.src), dst_(job.dst), dst_stream_(job.reservation.stream),
+        src_h_(job.src_hadamards), dst_h_(job.dst_hadamards) {}
 
     // K of one span. Rows are cells in either cache, so one gather and one scatter serve every arrangement of cells.
     void move_k(const Layer & ls, const Layer & ld, const Piece & p, const Affine * affine) {
@@ -203,15 +214,15 @@ void set_n_threads(ggml_backend_sched_t sched, int n_threads) {
 
 // A scheduler over the context's backends. Never the context's own: llama.cpp keeps its last decode graph for reuse, and
 // a graph of ours allocated there would leave that one's inputs at stale addresses.
-ggml_backend_sched_ptr make_sched(const Cache & cache, size_t graph_size) {
-    ggml_backend_sched_t                    theirs = cache.sched();
+ggml_backend_sched_ptr make_sched(const Memory & memory, size_t graph_size) {
+    ggml_backend_sched_t                    theirs = memory.sched();
     std::vector<ggml_backend_t>             backends;
     std::vector<ggml_backend_buffer_type_t> types;
     for (int i = 0; i < ggml_backend_sched_get_n_backends(theirs); ++i) {
         backends.push_back(ggml_backend_sched_get_backend(theirs, i));
         types.push_back(ggml_backend_sched_get_buffer_type(theirs, backends.back()));
     }
-    set_n_threads(theirs, cache.n_threads());
+    set_n_threads(theirs, memory.n_threads());
     return ggml_backend_sched_ptr(ggml_backend_sched_new(backends.data(), types.data(), backends.size(), graph_size,
                                                          /*parallel*/ false, /*op_offload*/ false));
 }
@@ -224,86 +235,11 @@ ggml_context_ptr make_context(size_t n_tensors, size_t extra = 0) {
     return ctx;
 }
 
-// Hadamard tensors for what a cache holds, without data yet.
-Hadamards make_hadamards(ggml_context * ctx, const Cache & cache) {
-    Hadamards h;
-    if (const int64_t n = cache.k_hadamard()) {
-        h.k = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n, n);
-    }
-    if (const int64_t n = cache.v_hadamard()) {
-        h.v = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n, n);
-    }
-    return h;
-}
-
-// Gives the tensors of ctx memory on the host and fills those of the pieces and the matrices; every layer's graph reads
-// the same ones.
-ggml_backend_buffer_ptr make_inputs(ggml_context * ctx, std::vector<Piece> & pieces, const Cache & src,
-                                    const Cache & dst, const Hadamards & src_hadamards,
-                                    const Hadamards & dst_hadamards, const Reservation & reservation) {
-    for (Piece & p : pieces) {
-        p.src_rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, p.n);
-        p.dst_rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, p.n);
-        p.shift    = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1);
-        p.src_rel  = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, p.n);
-    }
-    ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_backend_cpu_buffer_type()));
-    if (!buffer) {
-        throw std::bad_alloc();
-    }
-    for (const auto & [cache, hadamards] : { std::pair(&src, src_hadamards), std::pair(&dst, dst_hadamards) }) {
-        for (ggml_tensor * t : { hadamards.k, hadamards.v }) {
-            if (t) {
-                cache->fill_hadamard(t);
-            }
-        }
-    }
-    for (Piece & p : pieces) {
-        const uint32_t       lowest = *std::min_element(p.src.begin(), p.src.end());
-        std::vector<int32_t> src_rows(p.n), src_rel(p.n);
-        std::vector<int64_t> dst_rows(p.n);
-        for (uint32_t i = 0; i < p.n; ++i) {
-            src_rows[i] = (int32_t) ((int64_t) p.src_stream * src.n_cells() + p.src[i]);
-            src_rel[i]  = (int32_t) (p.src[i] - lowest);
-            dst_rows[i] = (int64_t) reservation.stream * dst.n_cells() + p.dst[i];
-        }
-        ggml_backend_tensor_set(p.src_rows, src_rows.data(), 0, ggml_nbytes(p.src_rows));
-        ggml_backend_tensor_set(p.src_rel, src_rel.data(), 0, ggml_nbytes(p.src_rel));
-        ggml_backend_tensor_set(p.dst_rows, dst_rows.data(), 0, ggml_nbytes(p.dst_rows));
-        ggml_backend_tensor_set(p.shift, &p.delta, 0, sizeof(p.delta));
-    }
-    return buffer;
-}
-
-void check_compatible(const Cache & src, const Cache & dst) {
-    if (src.model() != dst.model()) {
-        throw InputError("the two contexts belong to different models: caches can only be joined within one model");
-    }
-    for (size_t i = 0; i < src.layers().size(); ++i) {
-        if (!(src.layers()[i].rope == dst.layers()[i].rope)) {
-            throw InputError(
-                "the two contexts encode positions differently (RoPE base, scaling or frequency factors, which may "
-                "depend on the context size): create both with the same RoPE settings");
-        }
-    }
-}
-
-}  // namespace
-
-uint32_t join(llama_context * ctx_src, llama_context * ctx_dst, const std::vector<Span> & spans, llama_seq_id dst_seq,
-              const Affine * affine) {
-    Cache src(ctx_src);
-    Cache dst(ctx_dst);
-    check_compatible(src, dst);
-    src.settle();
-    dst.settle();
-
+// Resolves the spans to cells and finds the cells they go to. Nothing is changed yet.
+Job make_job(const Cache & src, Cache & dst, const std::vector<Span> & spans, llama_seq_id dst_seq) {
     std::vector<Piece> pieces;
     std::vector<Cell>  entries;
     for (const Span & s : spans) {
-        if (s.to < 0) {
-            throw InputError("a span cannot be placed at a negative position (" + std::to_string(s.to) + ")");
-        }
         const auto cells = src.cells(s.seq, s.p0, s.p1);
         Piece      p{};
         p.n          = cells.size();
@@ -315,48 +251,154 @@ uint32_t join(llama_context * ctx_src, llama_context * ctx_dst, const std::vecto
         }
         pieces.push_back(std::move(p));
     }
+    Reservation reservation = dst.reserve(dst_seq, std::move(entries));
 
-    const Reservation reservation = dst.reserve(dst_seq, entries);
-
-    size_t   graph_size = 64;
-    uint32_t first      = 0;
+    auto next = reservation.index.begin();
     for (Piece & p : pieces) {
-        p.dst.assign(reservation.index.begin() + first, reservation.index.begin() + first + p.n);
-        first += p.n;
+        p.dst.assign(next, next + p.n);
+        next += p.n;
         p.runs       = find_runs(p.src, p.dst);
         p.n_dst_runs = find_runs(p.dst, p.dst).size();
+    }
+    return { src, dst, std::move(pieces), std::move(reservation), {}, {}, nullptr, nullptr };
+}
+
+Hadamards make_hadamards(ggml_context * ctx, const Cache & cache) {
+    Hadamards h;
+    if (const int64_t n = cache.k_hadamard()) {
+        h.k = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n, n);
+    }
+    if (const int64_t n = cache.v_hadamard()) {
+        h.v = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n, n);
+    }
+    return h;
+}
+
+// The index tensors and matrices of a job, on the host and filled; the graph of every layer reads the same ones.
+void make_inputs(Job & job) {
+    job.inputs_ctx     = make_context(4 * job.pieces.size() + 4);
+    ggml_context * ctx = job.inputs_ctx.get();
+    for (Piece & p : job.pieces) {
+        p.src_rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, p.n);
+        p.dst_rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, p.n);
+        p.shift    = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1);
+        p.src_rel  = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, p.n);
+    }
+    job.src_hadamards = make_hadamards(ctx, job.src);
+    job.dst_hadamards = make_hadamards(ctx, job.dst);
+    job.inputs.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_backend_cpu_buffer_type()));
+    if (!job.inputs) {
+        throw std::bad_alloc();
+    }
+    for (ggml_tensor * t : { job.src_hadamards.k, job.src_hadamards.v }) {
+        if (t) {
+            job.src.fill_hadamard(t);
+        }
+    }
+    for (ggml_tensor * t : { job.dst_hadamards.k, job.dst_hadamards.v }) {
+        if (t) {
+            job.dst.fill_hadamard(t);
+        }
+    }
+    for (Piece & p : job.pieces) {
+        const uint32_t       lowest = *std::min_element(p.src.begin(), p.src.end());
+        std::vector<int32_t> src_rows(p.n), src_rel(p.n);
+        std::vector<int64_t> dst_rows(p.n);
+        for (uint32_t i = 0; i < p.n; ++i) {
+            src_rows[i] = (int32_t) ((int64_t) p.src_stream * job.src.n_cells() + p.src[i]);
+            src_rel[i]  = (int32_t) (p.src[i] - lowest);
+            dst_rows[i] = (int64_t) job.reservation.stream * job.dst.n_cells() + p.dst[i];
+        }
+        ggml_backend_tensor_set(p.src_rows, src_rows.data(), 0, ggml_nbytes(p.src_rows));
+        ggml_backend_tensor_set(p.src_rel, src_rel.data(), 0, ggml_nbytes(p.src_rel));
+        ggml_backend_tensor_set(p.dst_rows, dst_rows.data(), 0, ggml_nbytes(p.dst_rows));
+        ggml_backend_tensor_set(p.shift, &p.delta, 0, sizeof(p.delta));
+    }
+}
+
+// Moves the data of all layers of one pair of caches. Returns false if the computation failed or was aborted.
+bool compute(const Job & job, const Memory & memory, size_t n_layers, const Affine * affine) {
+    size_t graph_size = 64;
+    for (const Piece & p : job.pieces) {
         graph_size += LayerGraph::max_nodes(p);
     }
-
-    ggml_context_ptr inputs_ctx    = make_context(4 * pieces.size() + 4);
-    const Hadamards  src_hadamards = make_hadamards(inputs_ctx.get(), src);
-    const Hadamards  dst_hadamards = make_hadamards(inputs_ctx.get(), dst);
-    ggml_backend_buffer_ptr inputs =
-        make_inputs(inputs_ctx.get(), pieces, src, dst, src_hadamards, dst_hadamards, reservation);
-    ggml_backend_sched_ptr  sched      = make_sched(dst, 2 * graph_size);
-
-    const size_t n_layers = src.layers().size();
-    for (size_t il = 0; il < n_layers; ++il) {
-        ggml_context_ptr ctx = make_context(2 * graph_size, ggml_graph_overhead_custom(graph_size, false));
-        ggml_cgraph *    gf  = ggml_new_graph_custom(ctx.get(), graph_size, false);
-        LayerGraph       layer(ctx.get(), gf, src, dst, reservation.stream, src_hadamards, dst_hadamards);
-        for (size_t i = 0; i < pieces.size(); ++i) {
-            const Affine * a = affine ? &affine[i * n_layers + il] : nullptr;
-            layer.move_k(src.layers()[il], dst.layers()[il], pieces[i], a);
-            layer.move_v(src.layers()[il], dst.layers()[il], pieces[i], a);
+    ggml_backend_sched_ptr sched = make_sched(memory, 2 * graph_size);
+    for (size_t i = 0; i < job.src.layers().size(); ++i) {
+        const Layer &    from = job.src.layers()[i];
+        const Layer &    to   = job.dst.layers()[i];
+        ggml_context_ptr ctx  = make_context(2 * graph_size, ggml_graph_overhead_custom(graph_size, false));
+        ggml_cgraph *    gf   = ggml_new_graph_custom(ctx.get(), graph_size, false);
+        LayerGraph       layer(ctx.get(), gf, job);
+        for (size_t s = 0; s < job.pieces.size(); ++s) {
+            const Affine * a = affine ? &affine[s * n_layers + from.number] : nullptr;
+            layer.move_k(from, to, job.pieces[s], a);
+            layer.move_v(from, to, job.pieces[s], a);
         }
         ggml_backend_sched_reset(sched.get());
-        const bool ok = ggml_backend_sched_alloc_graph(sched.get(), gf) &&
-                        ggml_backend_sched_graph_compute(sched.get(), gf) == GGML_STATUS_SUCCESS;
-        if (!ok) {
-            dst.zero(reservation);
-            throw std::runtime_error("the join was aborted or could not be computed (layer " + std::to_string(il) +
-                                     "); the destination is as it was");
+        if (!ggml_backend_sched_alloc_graph(sched.get(), gf) ||
+            ggml_backend_sched_graph_compute(sched.get(), gf) != GGML_STATUS_SUCCESS) {
+            return false;
         }
     }
+    return true;
+}
 
-    dst.commit(reservation);
-    return entries.size();
+void check_compatible(const Memory & src, const Memory & dst) {
+    if (src.model() != dst.model()) {
+        throw InputError("the two contexts belong to different models: caches can only be joined within one model");
+    }
+    for (size_t c = 0; c < src.caches().size(); ++c) {
+        const auto & from = src.caches()[c].layers();
+        const auto & to   = dst.caches()[c].layers();
+        for (size_t i = 0; i < from.size(); ++i) {
+            if (!(from[i].rope == to[i].rope)) {
+                throw InputError(
+                    "the two contexts encode positions differently (RoPE base, scaling or frequency factors, which "
+                    "may depend on the context size): create both with the same RoPE settings");
+            }
+        }
+    }
+}
+
+}  // namespace
+
+uint32_t join(llama_context * ctx_src, llama_context * ctx_dst, const std::vector<Span> & spans, llama_seq_id dst_seq,
+              const Affine * affine) {
+    Memory src(ctx_src);
+    Memory dst(ctx_dst);
+    check_compatible(src, dst);
+    dst.check_seq(dst_seq);
+    for (const Span & s : spans) {
+        src.check_seq(s.seq);
+        if (s.to < 0) {
+            throw InputError("a span cannot be placed at a negative position (" + std::to_string(s.to) + ")");
+        }
+    }
+    src.settle();
+    dst.settle();
+
+    std::vector<Job> jobs;
+    for (size_t c = 0; c < src.caches().size(); ++c) {
+        jobs.push_back(make_job(src.caches()[c], dst.caches()[c], spans, dst_seq));
+    }
+    for (Job & job : jobs) {
+        make_inputs(job);
+    }
+    bool ok = true;
+    for (size_t c = 0; c < jobs.size() && ok; ++c) {
+        ok = compute(jobs[c], dst, src.n_layers(), affine);
+    }
+    for (Job & job : jobs) {
+        if (ok) {
+            job.dst.commit(job.reservation);
+        } else {
+            job.dst.zero(job.reservation);
+        }
+    }
+    if (!ok) {
+        throw std::runtime_error("the join was aborted or could not be computed; the destination is as it was");
+    }
+    return jobs[0].reservation.index.size();
 }
 
 }  // namespace pyps

@@ -39,7 +39,7 @@ uint32_t join_spans(uintptr_t src, uintptr_t dst,
     static_assert(sizeof(pyps::Affine) == 4 * sizeof(float));
     const pyps::Affine * coefficients = nullptr;
     if (affine) {
-        const size_t n_layers = pyps::Cache(from).layers().size();
+        const size_t n_layers = pyps::Memory(from).n_layers();
         if (affine->shape(0) != parts.size() || affine->shape(1) != n_layers) {
             throw pyps::InputError("the mapper's coefficients must be [" + std::to_string(parts.size()) + ", " +
                                    std::to_string(n_layers) + ", 4], a row for each span and layer");
@@ -56,14 +56,9 @@ Bytes make_bytes(size_t rows, size_t row_size) {
     return Bytes(data, { rows, row_size }, owner);
 }
 
-std::tuple<std::vector<llama_pos>, std::vector<int64_t>, Bytes, Bytes> read_cells(uintptr_t address, llama_seq_id seq,
-                                                                                   size_t layer) {
-    pyps::Cache cache(as_context(address));
-    cache.settle();
-    if (layer >= cache.layers().size()) {
-        throw pyps::InputError("there is no layer " + std::to_string(layer));
-    }
-    const pyps::Layer & l     = cache.layers()[layer];
+using Cells = std::tuple<std::vector<llama_pos>, std::vector<int64_t>, Bytes, Bytes>;
+
+Cells read_layer(const pyps::Cache & cache, const pyps::Layer & l, llama_seq_id seq) {
     const auto          cells = cache.all_cells(seq);
     const size_t        size  = ggml_type_size(l.v->type);  // of an element; used where V is transposed
     const size_t        v_row = ggml_row_size(l.v->type, l.n_embd_v);
@@ -89,6 +84,20 @@ std::tuple<std::vector<llama_pos>, std::vector<int64_t>, Bytes, Bytes> read_cell
         }
     }
     return { pos, rows, k, v };
+}
+
+Cells read_cells(uintptr_t address, llama_seq_id seq, size_t layer) {
+    pyps::Memory memory(as_context(address));
+    memory.check_seq(seq);
+    memory.settle();
+    for (const pyps::Cache & cache : memory.caches()) {
+        for (const pyps::Layer & l : cache.layers()) {
+            if (l.number == layer) {
+                return read_layer(cache, l, seq);
+            }
+        }
+    }
+    throw pyps::InputError("there is no layer " + std::to_string(layer));
 }
 
 }  // namespace
@@ -128,7 +137,7 @@ NB_MODULE(_native, m) {
         [](uintptr_t model) { return pyps::why_not_joinable(reinterpret_cast<const llama_model *>(model)); }, "model"_a,
         "Empty, or why the caches of this model cannot be joined.");
     m.def(
-        "n_layers", [](uintptr_t ctx) { return pyps::Cache(as_context(ctx)).layers().size(); }, "ctx"_a,
+        "n_layers", [](uintptr_t ctx) { return pyps::Memory(as_context(ctx)).n_layers(); }, "ctx"_a,
         "Attention layers with a KV cache: the mapper's layer count.");
     m.def("read", &read_cells, "ctx"_a, "seq"_a, "layer"_a,
           "(positions [n], rows [n], K bytes [n, row], V bytes [n, row]) of a sequence in one layer, ordered by "

@@ -150,6 +150,7 @@ YARN = {
         pytest.param("qwen2", {}, id="qwen2"),
         pytest.param("qwen3", {}, id="qwen3"),
         pytest.param("smollm3", {}, id="smollm3"),
+        pytest.param("gemma3", {}, id="gemma3"),
     ],
 )
 def test_a_moved_span_is_what_llama_cpp_computes_there(tmp_path: Path, arch: str, changes: dict[str, Any]) -> None:
@@ -182,6 +183,69 @@ def test_every_layer_is_turned_by_its_own_rope(tmp_path: Path, arch: str, neox: 
                 turned = rotate(source.k[20:], -13, HEAD_DIM, 10000.0, neox)
                 np.testing.assert_allclose(got.k, turned, rtol=0, atol=2e-5 * np.abs(turned).max())
     model.close()
+
+
+# every sixth layer sees everything and has a RoPE base of its own; the others see the last 32 positions
+GEMMA3: dict[str, Any] = {"arch": "gemma3", "n_layers": 7, "gemma3__rope__freq_base": 500000.0}
+
+
+@pytest.fixture(scope="module")
+def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    model = Model.load(write_model(tmp_path_factory.mktemp("gemma3") / "m.gguf", **GEMMA3))
+    yield model
+    model.close()
+
+
+def test_both_caches_of_a_sliding_window_model(gemma3: Model) -> None:
+    """Each layer turned by its own base, mapped by its own coefficients, also where the window has passed."""
+    affine = np.random.default_rng(3).uniform(0.9, 1.1, (2, 7, 4)).astype(np.float32)
+    with Context(gemma3, 256, 2, kv_type="f32") as src, Context(gemma3, 512, kv_type="f32") as dst:
+        fill(src, 0, 100)
+        fill(src, 1, 60, seed=1)
+        fill(dst, 0, 9, seed=2)
+        join(src, dst, [Span(0, 20, 100, 9), Span(1, 10, 60, 9)], 0, affine)
+        assert dst.end(0) == 89
+        for layer in range(7):
+            base = 500000.0 if layer == 5 else 10000.0
+            found = read(dst, 0, layer, "f32")
+            order = np.argsort(found.rows)[9:]
+            parts = []
+            for i, (seq, start, end) in enumerate([(0, 20, 100), (1, 10, 60)]):
+                source = read(src, seq, layer, "f32")
+                a_k, b_k, a_v, b_v = affine[i, layer]
+                turned = rotate(source.k[start:end], 9 - start, HEAD_DIM, base, neox=True)
+                parts.append((a_k * turned + b_k, a_v * source.v[start:end] + b_v))
+            want_k, want_v = (np.concatenate([p[j] for p in parts]) for j in (0, 1))
+            np.testing.assert_allclose(found.k[order], want_k, rtol=0, atol=2e-5 * np.abs(want_k).max())
+            np.testing.assert_allclose(found.v[order], want_v, rtol=0, atol=1e-6)
+
+
+def test_a_joined_sequence_goes_on_like_the_original(gemma3: Model, tiny: Model) -> None:
+    """A whole sequence, joined as it is, is the same sequence: sliding windows included."""
+    for model in (gemma3, tiny):
+        with Context(model, 256, kv_type="f32") as src, Context(model, 256, kv_type="f32") as dst:
+            fill(src, 0, 90)
+            join(src, dst, [Span(0, 0, 90, 0)])
+            for token in (5, 6, 7):
+                for ctx in (src, dst):
+                    ctx.prefill(0, [token])
+                np.testing.assert_allclose(dst.logits(), src.logits(), rtol=0, atol=1e-4)
+
+
+def test_what_a_small_sliding_window_cache_has_forgotten_is_said(gemma3: Model) -> None:
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.n_seq_max, params.flash_attn_type, params.swa_full = 1024, 1, 0, False
+    params.n_batch = params.n_ubatch = 64
+    with Context(gemma3, 1024) as src, Context(gemma3, 1024) as dst:
+        own, own_memory, n_batch = src._pointer, src._memory, src.n_batch
+        src._pointer = llama_cpp.llama_init_from_model(gemma3.pointer, params)
+        src._memory, src.n_batch = llama_cpp.llama_get_memory(src._pointer), 64
+        fill(src, 0, 600)
+        with pytest.raises(InputError, match=r"sliding window .*swa_full"):
+            join(src, dst, [Span(0, 100, 600, 0)])
+        assert dst.end(0) == 0
+        llama_cpp.llama_free(src._pointer)
+        src._pointer, src._memory, src.n_batch = own, own_memory, n_batch
 
 
 def test_next_tokens_agree_with_llama_cpps_own_path(smollm2: Model) -> None:
@@ -471,7 +535,7 @@ def test_what_cannot_be_joined_is_refused(tmp_path: Path, tiny: Model) -> None:
         ("deepseek2", "MLA"),
         ("qwen2vl", "M-RoPE"),
         ("gpt2", "not rotary"),
-        ("gemma3", "sliding-window"),
+        ("gemma", "not among those that pyps is tested with"),
     ],
 )
 def test_models_that_cannot_be_joined_are_refused_by_name(tmp_path: Path, arch: str, reason: str) -> None:

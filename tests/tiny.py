@@ -24,6 +24,7 @@ _PER_LAYER: dict[str, dict[str, tuple[int, ...]]] = {
         "post_attention_norm.weight": (N_EMBD,),
         "post_ffw_norm.weight": (N_EMBD,),
     },
+    "gemma": {},
     "gpt2": {},
     "mamba": {},
     "jamba": {},
@@ -159,6 +160,7 @@ def write_model(
         writer.add_rope_dimension_sections([2, 3, 3, 0])
     if arch == "gemma3":
         writer.add_sliding_window(32)
+    if arch in ("gemma", "gemma3"):
         writer.add_key_length(HEAD_DIM)
         writer.add_value_length(HEAD_DIM)
     writer.add_tokenizer_model("gpt2")
