@@ -186,7 +186,8 @@ def write_model(
 
     writer.add_tensor("token_embd.weight", rng.standard_normal((len(tokens), N_EMBD)).astype(np.float32))
     tensor("output_norm.weight", (N_EMBD,))
-    tensor("output.weight", (len(tokens), N_EMBD))
+    if arch != "gemma":  # its output is its embedding
+        tensor("output.weight", (len(tokens), N_EMBD))
     if arch == "gpt2":
         tensor("position_embd.weight", (2048, N_EMBD))
         tensor("output_norm.bias", (N_EMBD,))
