@@ -470,27 +470,43 @@ def test_a_queued_copy_does_not_overwrite_joined_cells(tiny: Model) -> None:
         assert (read(dst, 1, 1).k_bytes == read(src, 0, 1).k_bytes).all()
 
 
-def test_an_aborted_join_leaves_the_destination_as_it_was(tiny: Model) -> None:
-    calls = itertools.count()
-    for stop_after in (0, 4, 12):
-        with make_source(tiny, kv_type="f16", flash_attn=False, unified=False) as src, Context(tiny, 256) as dst:
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_an_aborted_join_leaves_the_destination_as_it_was(tiny: Model, flash_attn: bool) -> None:
+    """Aborted by llama.cpp's own means, at the beginning, in the middle and at the end of its computation."""
+    # left in free cells, a NaN would spread: attention multiplies them by zero
+    poison = np.full((1, N_LAYERS, 4), np.nan, np.float32)
+    asked = total = 0
+    limit: float = np.inf
+
+    @llama_cpp.ggml_abort_callback
+    def abort(_: int) -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > limit
+
+    for share in (None, 0, 0.5, 0.95):  # the first one counts, and is not aborted
+        with (
+            make_source(tiny, kv_type="f16", flash_attn=flash_attn, unified=False) as src,
+            Context(tiny, 256, 2, flash_attn=flash_attn) as dst,
+        ):
             fill(dst, 0, 10)
             before = read(dst, 0, 0)
-            limit = next(calls) + stop_after
-
-            @ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
-            def abort(_: int, limit: int = limit) -> bool:
-                return next(calls) > limit
-
+            limit = np.inf if share is None else share * total
+            asked = 0
             llama_cpp.llama_set_abort_callback(dst.pointer, abort, None)
+            if share is None:
+                join(src, dst, [Span(0, 0, 40, 10)], 0, poison)
+                total = asked
+                continue
             with pytest.raises(EngineError, match="as it was"):
-                join(src, dst, [Span(0, 0, 40, 10)])
-            llama_cpp.llama_set_abort_callback(dst.pointer, llama_cpp.ggml_abort_callback(0), None)
+                join(src, dst, [Span(0, 0, 40, 10)], 0, poison)
+            limit = np.inf
             assert dst.end(0) == 10
             assert (read(dst, 0, 0).k_bytes == before.k_bytes).all()
-            # the cells that were written are empty again, data included
-            join(src, dst, [Span(0, 0, 40, 10)])
-            assert dst.end(0) == 50
+            dst.prefill(0, [1, 2, 3])
+            assert np.isfinite(dst.logits()).all()
+            join(src, dst, [Span(0, 0, 40, 13)])
+            assert dst.end(0) == 53
 
 
 def test_what_cannot_be_joined_is_refused(tmp_path: Path, tiny: Model) -> None:
