@@ -1,6 +1,7 @@
 # make demo    build everything into .venv and run a fork-join on the default model
 # make test    the same, with the test dependencies; then lint and the whole test suite
 # make lint    ruff and mypy
+# make exact   the comparison with the oracle alone; writes docs/exactness.md
 # make bench   time to first token, cache against text, and peak memory (bench/ttft.py)
 # make clean   remove .venv and build
 #
@@ -30,7 +31,7 @@ WHEELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/pyps/wheels/$(LLAMA)-$(KEY)
 
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_FIND_LINKS="$(WHEELS) $(PIP_FIND_LINKS)" $(BIN)/python -m pip
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint exact bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -44,6 +45,9 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+exact: $(VENV)/installed-test
+	$(BIN)/python -m pytest tests/test_oracle.py --write-exactness
 
 bench: $(VENV)/installed-test
 	$(BIN)/python bench/ttft.py
@@ -70,5 +74,5 @@ $(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard native/*) | $(WHEELS
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(PIP) install --quiet --editable ".[test]"
+	$(PIP) install --quiet --editable ".[test,oracle]"
 	touch $@

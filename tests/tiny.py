@@ -227,6 +227,7 @@ def write_adapter(
     n_layers: int = 4,
     lora: bool = True,
     n_embd: int = N_EMBD,
+    head_dim: int = HEAD_DIM,
     mapper: dict[str, Any] | None = None,
     seed: int = 0,
     **metadata: Any,
@@ -246,7 +247,7 @@ def write_adapter(
         _add(writer, key, value)
     if lora:
         for i in range(n_layers):
-            for name, rows in (("attn_q", N_HEAD * HEAD_DIM), ("attn_v", N_HEAD_KV * HEAD_DIM)):
+            for name, rows in (("attn_q", N_HEAD * head_dim), ("attn_v", N_HEAD_KV * head_dim)):
                 for suffix, shape in (("lora_a", (4, n_embd)), ("lora_b", (rows, 4))):
                     data = rng.standard_normal(shape).astype(np.float32) * 0.2
                     writer.add_tensor(f"blk.{i}.{name}.weight.{suffix}", data)

@@ -1,0 +1,239 @@
+"""The method once more, in PyTorch on Transformers models: the reference that the runtime is measured against.
+
+Written from the method's description (METHOD, sections 1 to 3; arXiv 2606.14672) and sharing no code with the runtime:
+branches are encoded one by one, their spans cut out, rotated, mapped and concatenated, and a synthesizer reads them
+under a mask made from positions. Everything in float32.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+import transformers
+
+HF_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+GEMMA3_NAMES = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+PERMUTED = ("llama", "smollm3")  # q and k rows are interleaved in GGUF, halves in Transformers
+
+
+@dataclass
+class Span:
+    """K (rotated to its own positions) and V of one branch's output: per layer [n_head_kv, tokens, head_dim]."""
+
+    k: list[torch.Tensor]
+    v: list[torch.Tensor]
+    start: int  # position of its first token
+
+    def __len__(self) -> int:
+        return self.k[0].shape[1]
+
+
+@dataclass
+class Joined:
+    """What the synthesizer has in front of it: per layer [n_head_kv, cells, head_dim], and each cell's position."""
+
+    k: list[torch.Tensor]
+    v: list[torch.Tensor]
+    positions: list[int]
+
+
+class Oracle:
+    """A GGUF file written by tiny.py as a Transformers model; with an adapter file, the LoRA is merged into a second
+    copy of the weights, which only the synthesizer uses."""
+
+    def __init__(self, path: Path, adapter: Path | None = None) -> None:
+        reader = gguf.GGUFReader(path)
+        self._meta = {name: field.contents() for name, field in reader.fields.items()}
+        self._arch = self._meta["general.architecture"]
+        weights = {t.name: torch.from_numpy(np.array(t.data)).float() for t in reader.tensors}
+        self._factors = weights.pop("rope_freqs.weight", None)
+        self.n_layers = self._key("block_count")
+        self.window = self._key("attention.sliding_window", 0)
+        self._base = self._build(weights)
+        self._synthesizer = self._build(_with_lora(weights, adapter)) if adapter else self._base
+
+    def _key(self, name: str, default: Any = None) -> Any:
+        value = self._meta.get(f"{self._arch}.{name}", default)
+        assert value is not None, name
+        return value
+
+    def is_sliding(self, layer: int) -> bool:
+        return bool(self.window) and layer % 6 != 5
+
+    def has_rope(self, layer: int) -> bool:
+        return self._arch != "smollm3" or layer % 4 != 3
+
+    def _rope_base(self, layer: int) -> float:
+        return 10000.0 if self.is_sliding(layer) else float(self._key("rope.freq_base", 10000.0))
+
+    @property
+    def _head_dim(self) -> int:
+        return int(
+            self._key("attention.key_length", self._key("embedding_length") // self._key("attention.head_count"))
+        )
+
+    def _build(self, weights: dict[str, torch.Tensor]) -> Any:
+        common = {
+            "vocab_size": weights["token_embd.weight"].shape[0],
+            "hidden_size": self._key("embedding_length"),
+            "intermediate_size": self._key("feed_forward_length"),
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self._key("attention.head_count"),
+            "num_key_value_heads": self._key("attention.head_count_kv"),
+            "head_dim": self._head_dim,
+            "rms_norm_eps": self._key("attention.layer_norm_rms_epsilon"),
+            "max_position_embeddings": self._key("context_length"),
+            "tie_word_embeddings": False,
+            "attn_implementation": "eager",
+        }
+        rope = {"rope_type": "default", "rope_theta": float(self._key("rope.freq_base", 10000.0))}
+        if self._arch == "gemma3":
+            types = ["sliding_attention" if self.is_sliding(i) else "full_attention" for i in range(self.n_layers)]
+            local = {"rope_type": "default", "rope_theta": 10000.0}
+            config: Any = transformers.Gemma3TextConfig(
+                **common,
+                layer_types=types,
+                sliding_window=self.window,
+                query_pre_attn_scalar=self._head_dim,
+                rope_parameters={"full_attention": rope, "sliding_attention": local},
+            )
+            model: Any = transformers.Gemma3ForCausalLM(config)
+        elif self._arch == "smollm3":
+            no_rope = [int(self.has_rope(i)) for i in range(self.n_layers)]
+            config = transformers.SmolLM3Config(
+                **common, rope_parameters=rope, no_rope_layers=no_rope, pad_token_id=None, use_sliding_window=False
+            )
+            model = transformers.SmolLM3ForCausalLM(config)
+        else:
+            name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[self._arch]
+            config = getattr(transformers, f"{name}Config")(**common, rope_parameters=rope)
+            model = getattr(transformers, f"{name}ForCausalLM")(config)
+        if self._factors is not None:
+            model.model.rotary_emb.inv_freq /= self._factors
+        model.load_state_dict({self._hf_name(n): self._hf_values(n, w) for n, w in weights.items()}, strict=True)
+        return model.eval()
+
+    def _hf_name(self, name: str) -> str:
+        if name in HF_NAMES:
+            return HF_NAMES[name]
+        _, layer, part, kind = name.split(".")
+        names = HF_NAMES | (GEMMA3_NAMES if self._arch == "gemma3" else {})
+        return f"model.layers.{layer}.{names[part]}.{kind}"
+
+    def _hf_values(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        if self._arch == "gemma3" and "norm" in name:
+            return values - 1
+        if self._arch in PERMUTED and (".attn_q." in name or ".attn_k." in name):
+            half = self._head_dim // 2
+            return values.reshape(-1, half, 2, *values.shape[1:]).transpose(1, 2).reshape(values.shape)
+        return values
+
+    @torch.no_grad()
+    def _forward(
+        self, model: Any, tokens: Sequence[int], start: int, before: Joined | None
+    ) -> tuple[torch.Tensor, Any]:
+        """Logits [tokens, vocab] of tokens at positions from start, after the cells of `before`; and the cache."""
+        cache = transformers.DynamicCache()
+        positions = torch.arange(start, start + len(tokens))
+        cells = torch.tensor(before.positions if before else [], dtype=torch.long)
+        if before:
+            for layer in range(self.n_layers):
+                cache.update(before.k[layer][None], before.v[layer][None], layer)
+        seen = torch.cat([cells, positions])
+        distance = positions[:, None] - seen[None, :]
+
+        def mask(visible: torch.Tensor) -> torch.Tensor:
+            return torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None]
+
+        full = mask(distance >= 0)
+        masks: Any = full
+        if self.window:
+            masks = {"full_attention": full, "sliding_attention": mask((distance >= 0) & (distance < self.window))}
+        output = model(
+            input_ids=torch.tensor([list(tokens)]),
+            position_ids=positions[None],
+            attention_mask=masks,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.logits[0], cache
+
+    def plain(self, tokens: Sequence[int]) -> np.ndarray:
+        """Logits [tokens, vocab] of the synthesizer without any of this."""
+        return self._forward(self._synthesizer, tokens, 0, None)[0].numpy()
+
+    def encode(self, tokens: Sequence[int], span: tuple[int, int]) -> Span:
+        """A branch: all its tokens are read by the base model, positions [start, end) are kept."""
+        _, cache = self._forward(self._base, tokens, 0, None)
+        start, end = span
+        k = [layer.keys[0, :, start:end] for layer in cache.layers]
+        v = [layer.values[0, :, start:end] for layer in cache.layers]
+        return Span(k, v, start)
+
+    def _rotate(self, k: torch.Tensor, delta: int, layer: int) -> torch.Tensor:
+        d = self._head_dim
+        frequencies = self._rope_base(layer) ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+        if self._factors is not None:
+            frequencies = frequencies / self._factors
+        cos, sin = torch.cos(delta * frequencies), torch.sin(delta * frequencies)
+        a, b = k[..., : d // 2].double(), k[..., d // 2 :].double()
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).float()
+
+    def join(self, prefix: Span | None, spans: Sequence[Span], coefficients: np.ndarray | None) -> Joined:
+        """Prefix as it is; spans turned to the branch point, mapped by (a_k, b_k, a_v, b_v) [spans, layers, 4], side by
+        side."""
+        point = len(prefix) if prefix else 0
+        k: list[torch.Tensor] = []
+        v: list[torch.Tensor] = []
+        for layer in range(self.n_layers):
+            ks, vs = ([prefix.k[layer]], [prefix.v[layer]]) if prefix else ([], [])
+            for i, span in enumerate(spans):
+                moved = (
+                    self._rotate(span.k[layer], point - span.start, layer) if self.has_rope(layer) else span.k[layer]
+                )
+                a_k, b_k, a_v, b_v = (1, 0, 1, 0) if coefficients is None else map(float, coefficients[i, layer])
+                ks.append(a_k * moved + b_k)
+                vs.append(a_v * span.v[layer] + b_v)
+            k.append(torch.cat(ks, dim=1))
+            v.append(torch.cat(vs, dim=1))
+        positions = list(range(point)) + [point + j for span in spans for j in range(len(span))]
+        return Joined(k, v, positions)
+
+    def synthesize(self, joined: Joined, tokens: Sequence[int]) -> np.ndarray:
+        """Logits [tokens, vocab] of the synthesizer's tokens, which come after the longest span."""
+        return self._forward(self._synthesizer, tokens, max(joined.positions) + 1, joined)[0].numpy()
+
+
+def _with_lora(weights: dict[str, torch.Tensor], adapter: Path) -> dict[str, torch.Tensor]:
+    reader = gguf.GGUFReader(adapter)
+    parts = {t.name: torch.from_numpy(np.array(t.data)).float() for t in reader.tensors}
+    alpha = float(reader.fields["adapter.lora.alpha"].contents())
+    merged = dict(weights)
+    for name in weights:
+        if f"{name}.lora_a" in parts:
+            a, b = parts[f"{name}.lora_a"], parts[f"{name}.lora_b"]
+            merged[name] = weights[name] + alpha / a.shape[0] * (b @ a)
+    return merged
