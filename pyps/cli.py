@@ -15,11 +15,12 @@ from rich.console import Console
 import pyps
 from pyps.context import KV_TYPES
 from pyps.display import Display, LiveDisplay, PlainDisplay, progress_bar
+from pyps.doctor import examine
 from pyps.errors import InputError, PypsError
 from pyps.events import Done, Event, Mode
 from pyps.forkjoin import Branch, ForkJoin
 from pyps.layout import DEFAULT_SYNTHESIZE, LAYOUTS
-from pyps.models import DEFAULT_MODEL
+from pyps.models import DEFAULT_MODEL, find_model
 from pyps.sampling import Sampling
 
 _DEFAULTS = Sampling()
@@ -192,6 +193,19 @@ def run(
         _show(events, branches, as_json, notes)
     if interrupt.asked:
         sys.exit(130)
+
+
+@main.command(cls=_Command)
+@click.argument("model", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+def doctor(model: str | None, as_json: bool) -> None:
+    """What this machine, this build and MODEL can do, and why not.
+
+    MODEL is a GGUF file, 'smollm2', or hf:OWNER/REPO:QUANT.
+    """
+    with progress_bar(Console(stderr=True)) as report:
+        found = examine(find_model(model, report) if model else None)
+    click.echo(found.to_json() if as_json else found.to_text())
 
 
 def _show(events: Iterator[Event], branches: list[Branch], as_json: bool, notes: Console) -> None:
