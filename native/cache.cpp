@@ -40,6 +40,7 @@ Positions positions_of(llm_arch arch) {
     }
 }
 
+// Empty if its caches can be joined.
 std::string why_not(const llama_model & model) {
     const auto & hp = model.hparams;
     if (llm_arch_is_recurrent(model.arch)) {
@@ -66,19 +67,18 @@ std::string why_not(const llama_model & model) {
     return "";
 }
 
-[[noreturn]] void refuse(const llama_model & model, const std::string & reason) {
-    throw Refusal("caches of '" + model.arch_name() + "' models cannot be joined: " + reason);
+std::string refusal(const llama_model & model, const std::string & reason) {
+    return "caches of '" + model.arch_name() + "' models cannot be joined: " + reason;
 }
 
 }  // namespace
 
 std::string why_not_joinable(const llama_model * model) {
     const std::string reason = why_not(*model);
-    return reason.empty() ? "" : "caches of '" + model->arch_name() + "' models cannot be joined: " + reason;
+    return reason.empty() ? "" : refusal(*model, reason);
 }
 
-Cache::Cache(llama_context * ctx, void * kv_address, bool sliding) : impl_(std::make_unique<Impl>()) {
-    auto *              kv    = static_cast<llama_kv_cache *>(kv_address);
+Cache::Cache(llama_context * ctx, llama_kv_cache * kv, bool sliding) : impl_(std::make_unique<Impl>()) {
     const llama_model & model = ctx->get_model();
     impl_->kv                 = kv;
     impl_->sliding            = sliding;
@@ -251,7 +251,7 @@ void Cache::zero(const Reservation & r) {
 Memory::Memory(llama_context * ctx) : ctx_(ctx) {
     const llama_model & model = ctx->get_model();
     if (const auto reason = why_not(model); !reason.empty()) {
-        refuse(model, reason);
+        throw Refusal(refusal(model, reason));
     }
     if (auto * kv = dynamic_cast<llama_kv_cache *>(ctx->get_memory())) {
         caches_.emplace_back(ctx, kv, false);
@@ -259,7 +259,7 @@ Memory::Memory(llama_context * ctx) : ctx_(ctx) {
         caches_.emplace_back(ctx, both->get_base(), false);
         caches_.emplace_back(ctx, both->get_swa(), true);
     } else {
-        refuse(model, "this context has no KV cache that pyps knows");
+        throw Refusal(refusal(model, "this context has no KV cache that pyps knows"));
     }
 }
 

@@ -14,6 +14,8 @@
 #include <string>
 #include <vector>
 
+class llama_kv_cache;
+
 namespace pyps {
 
 // Something the caller asked for is wrong or does not fit; the text says what to change.
@@ -72,7 +74,7 @@ struct Reservation {
 // One llama_kv_cache: some of a model's layers, and cells of their own.
 class Cache {
   public:
-    Cache(llama_context * ctx, void * kv, bool sliding);
+    Cache(llama_context * ctx, llama_kv_cache * kv, bool sliding);
     ~Cache();
     Cache(Cache &&) noexcept;
 

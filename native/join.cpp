@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace pyps {
 
@@ -372,6 +373,9 @@ uint32_t join(llama_context * ctx_src, llama_context * ctx_dst, const std::vecto
         src.check_seq(s.seq);
         if (s.to < 0) {
             throw InputError("a span cannot be placed at a negative position (" + std::to_string(s.to) + ")");
+        }
+        if (s.to + ((int64_t) s.p1 - s.p0) > std::numeric_limits<llama_pos>::max()) {
+            throw InputError("a span cannot be placed at position " + std::to_string(s.to) + ": positions end there");
         }
     }
     src.settle();

@@ -172,7 +172,8 @@ def run(
 
     notes = Console(stderr=True)
     with progress_bar(notes) as report:
-        report(f"loading {model}", None) if notes.is_terminal else None
+        if notes.is_terminal:
+            report(f"loading {model}", None)
         fj = ForkJoin.from_pretrained(
             model, progress=report, adapter=adapter, layout=layout, kv_type=kv_type, n_ctx=n_ctx, threads=threads
         )

@@ -313,5 +313,8 @@ def join(
         EngineError: the computation failed or was aborted.
     """
     parts = [(s.seq, s.start, s.end, s.to) for s in spans]
+    for number in [seq, *(n for part in parts for n in part)]:
+        if not -(2**31) <= number < 2**31:
+            raise InputError(f"{number} is neither a sequence nor a position: both are 32-bit numbers")
     with log.captured():
         return _native.join(src.address, dst.address, parts, seq, affine)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.cells import cell_len
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -155,7 +155,7 @@ class LiveDisplay:
             self._stream("\n\n")
             if event.result.interrupted:
                 self._console.print(Text("interrupted: this is what there is", style="yellow"))
-            self._console.print(Group(Text(summary(event.result), style="bold")))
+            self._console.print(Text(summary(event.result), style="bold"))
 
     def _stream(self, text: str) -> None:
         """Print text as it comes, whole words to a line: a word is held back until its end is known."""
