@@ -21,26 +21,9 @@ struct Cache::Impl {
 
 namespace {
 
-// Architectures with a plain cache, each layer encoded by the RoPE that llama_hparams describes or by none at all, and
-// tested (tests/test_join.py). llama_hparams::has_rope() does not tell: it says true for SmolLM3's NoPE layers. An
-// architecture that is not here is refused: a wrong rotation gives fluent, wrong answers.
-enum class Positions { unknown, rope, nope_every_4th };
-
-Positions positions_of(llm_arch arch) {
-    switch (arch) {
-        case LLM_ARCH_LLAMA:
-        case LLM_ARCH_QWEN2:
-        case LLM_ARCH_QWEN3:
-        case LLM_ARCH_GEMMA3:
-            return Positions::rope;
-        case LLM_ARCH_SMOLLM3:
-            return Positions::nope_every_4th;
-        default:
-            return Positions::unknown;
-    }
-}
-
-// Empty if its caches can be joined.
+// Empty if its caches are of a kind that can be joined: attention caches whose keys carry their position as a rotation.
+// Whether llama_hparams tells the truth about that rotation (it does not for layers without positions) is not to be seen
+// here; pyps/positions.py tries it.
 std::string why_not(const llama_model & model) {
     const auto & hp = model.hparams;
     if (llm_arch_is_recurrent(model.arch)) {
@@ -52,6 +35,9 @@ std::string why_not(const llama_model & model) {
     if (llama_model_has_encoder(&model)) {
         return "it is an encoder-decoder model";
     }
+    if (!hp.causal_attn) {
+        return "it reads in both directions, so it makes embeddings or fills gaps, but does not continue a text";
+    }
     if (hp.is_mla()) {
         return "it uses multi-head latent attention (MLA), whose V is part of K";
     }
@@ -61,8 +47,8 @@ std::string why_not(const llama_model & model) {
     if (hp.rope_type == LLAMA_ROPE_TYPE_NONE) {
         return "its positions are not rotary (RoPE), so keys cannot be moved";
     }
-    if (positions_of(model.arch) == Positions::unknown) {
-        return "this architecture is not among those that pyps is tested with (llama, qwen2, qwen3, smollm3, gemma3)";
+    if (hp.swa_type != LLAMA_SWA_TYPE_NONE && hp.swa_type != LLAMA_SWA_TYPE_STANDARD) {
+        return "its attention is cut into chunks by absolute position, so keys that have moved would be seen by others";
     }
     return "";
 }
@@ -110,7 +96,6 @@ Cache::Cache(llama_context * ctx, llama_kv_cache * kv, bool sliding) : impl_(std
         l.head_dim      = hp.n_embd_head_k(il);
         l.n_embd_k      = hp.n_embd_k_gqa(il);
         l.n_embd_v      = hp.n_embd_v_gqa(il);
-        l.rotates       = positions_of(model.arch) != Positions::nope_every_4th || (il + 1) % 4 != 0;
         l.rope          = { (int) hp.n_rot(il),
                             (int) hp.rope_type,
                             (int) cp.n_ctx_orig_yarn,

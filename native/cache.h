@@ -52,7 +52,6 @@ struct Layer {
     int64_t       head_dim;  // of K
     int64_t       n_embd_k;  // all K heads
     int64_t       n_embd_v;  // all V heads
-    bool          rotates;   // false: this layer has no position encoding (SmolLM3's every fourth)
     Rope          rope;
 };
 

@@ -62,15 +62,15 @@ struct Job {
 // Builds the graph that moves one layer. A graph a layer keeps the f32 intermediates small enough for the CPU's cache.
 class LayerGraph {
   public:
-    LayerGraph(ggml_context * ctx, ggml_cgraph * gf, const Job & job) :
-        ctx_(ctx), gf_(gf), src_(job.src), dst_(job.dst), dst_stream_(job.reservation.stream),
+    LayerGraph(ggml_context * ctx, ggml_cgraph * gf, const Job & job, bool rotates) :
+        ctx_(ctx), gf_(gf), rotates_(rotates), src_(job.src), dst_(job.dst), dst_stream_(job.reservation.stream),
         src_h_(job.src_hadamards), dst_h_(job.dst_hadamards) {}
 
     // K of one span. Rows are cells in either cache, so one gather and one scatter serve every arrangement of cells.
     void move_k(const Layer & ls, const Layer & ld, const Piece & p, const Affine * affine) {
         ggml_tensor * k = ggml_get_rows(ctx_, all_rows(ls.k), p.src_rows);  // F32 [n_embd_k, n]
         // what is neither turned nor mapped may stay in the Hadamard domain if it goes to a cache of the same
-        const bool turns = p.delta != 0 && ls.rotates;
+        const bool turns = p.delta != 0 && rotates_;
         const bool plain = turns || affine || src_.k_hadamard() != dst_.k_hadamard();
         if (plain) {
             k = hadamard(k, src_h_.k);
@@ -191,6 +191,7 @@ class LayerGraph {
 
     ggml_context * ctx_;
     ggml_cgraph *  gf_;
+    bool           rotates_;
     const Cache &  src_;
     const Cache &  dst_;
     uint32_t       dst_stream_;
@@ -318,7 +319,7 @@ void make_inputs(Job & job) {
 }
 
 // Moves the data of all layers of one pair of caches. Returns false if the computation failed or was aborted.
-bool compute(const Job & job, const Memory & memory, size_t n_layers, const Affine * affine) {
+bool compute(const Job & job, const Memory & memory, const std::vector<bool> & rotates, const Affine * affine) {
     size_t graph_size = 64;
     for (const Piece & p : job.pieces) {
         graph_size += LayerGraph::max_nodes(p);
@@ -329,9 +330,9 @@ bool compute(const Job & job, const Memory & memory, size_t n_layers, const Affi
         const Layer &    to   = job.dst.layers()[i];
         ggml_context_ptr ctx  = make_context(2 * graph_size, ggml_graph_overhead_custom(graph_size, false));
         ggml_cgraph *    gf   = ggml_new_graph_custom(ctx.get(), graph_size, false);
-        LayerGraph       layer(ctx.get(), gf, job);
+        LayerGraph       layer(ctx.get(), gf, job, rotates[from.number]);
         for (size_t s = 0; s < job.pieces.size(); ++s) {
-            const Affine * a = affine ? &affine[s * n_layers + from.number] : nullptr;
+            const Affine * a = affine ? &affine[s * rotates.size() + from.number] : nullptr;
             layer.move_k(from, to, job.pieces[s], a);
             layer.move_v(from, to, job.pieces[s], a);
         }
@@ -364,10 +365,14 @@ void check_compatible(const Memory & src, const Memory & dst) {
 }  // namespace
 
 uint32_t join(llama_context * ctx_src, llama_context * ctx_dst, const std::vector<Span> & spans, llama_seq_id dst_seq,
-              const Affine * affine) {
+              const std::vector<bool> & rotates, const Affine * affine) {
     Memory src(ctx_src);
     Memory dst(ctx_dst);
     check_compatible(src, dst);
+    if (rotates.size() != src.n_layers()) {
+        throw InputError("the list of layers that RoPE turns has " + std::to_string(rotates.size()) +
+                         " entries; this model has " + std::to_string(src.n_layers()) + " layers with K and V");
+    }
     dst.check_seq(dst_seq);
     for (const Span & s : spans) {
         src.check_seq(s.seq);
@@ -390,7 +395,7 @@ uint32_t join(llama_context * ctx_src, llama_context * ctx_dst, const std::vecto
     }
     bool ok = true;
     for (size_t c = 0; c < jobs.size() && ok; ++c) {
-        ok = compute(jobs[c], dst, src.n_layers(), affine);
+        ok = compute(jobs[c], dst, rotates, affine);
     }
     for (Job & job : jobs) {
         if (ok) {

@@ -6,7 +6,12 @@ from numpy.typing import NDArray
 llama_cpp_version: str
 
 def join(
-    src: int, dst: int, spans: list[tuple[int, int, int, int]], dst_seq: int, affine: NDArray[np.float32] | None = None
+    src: int,
+    dst: int,
+    spans: list[tuple[int, int, int, int]],
+    dst_seq: int,
+    rotates: list[bool],
+    affine: NDArray[np.float32] | None = None,
 ) -> int: ...
 def why_not_joinable(model: int) -> str: ...
 def n_layers(ctx: int) -> int: ...

@@ -126,10 +126,11 @@ class _Interrupt:
 @click.option("--threads", "-t", type=int, help="Default: the physical cores.")
 @click.option(
     "--kv-type",
-    type=click.Choice(list(KV_TYPES)),
+    metavar="TYPE",
     default="f16",
     show_default=True,
-    help="Type of K and V in the caches; the quantised ones are smaller and, on a CPU, slower.",
+    help=f"Type of K and V in the caches: {', '.join(KV_TYPES)}; or one for K and one for V, as in q8_0/f16. The "
+    "quantised ones are smaller and, on a CPU, slower.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 def run(

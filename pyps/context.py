@@ -20,16 +20,33 @@ from pyps.native import _native
 if TYPE_CHECKING:
     from pyps.adapter import Adapter
 
-# types of K and V that a cache can have and a join can move
+# types that K and V can have in a cache and a join can move
 KV_TYPES = {name: gguf.GGMLQuantizationType[name.upper()] for name in ("f16", "bf16", "f32", "q8_0", "q4_0")}
-# llama.cpp has a quantised V only with flash attention
-QUANTISED_KV_TYPES = ("q8_0", "q4_0")
+_QUANTISED = ("q8_0", "q4_0")
 
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
+
+_BLOCK = 32  # values that q8_0 and q4_0 quantise together
 
 _CELL_BYTES = 64  # what llama.cpp notes about a cell, about: positions, sequences
 
 _BATCH = 512  # most tokens that llama.cpp computes at once; measured: 1,024 is slower on a CPU
+
+
+def split_kv_type(kv_type: str) -> tuple[str, str]:
+    """The types of K and V: of both ("f16") or of one each ("q8_0/f16"). Raises InputError."""
+    types = kv_type.split("/")
+    if len(types) > 2 or not set(types) <= KV_TYPES.keys():
+        raise InputError(
+            f"KV type {kv_type!r} is not supported: choose one of {', '.join(KV_TYPES)}, or one for K and one for V "
+            f"(q8_0/f16)"
+        )
+    return types[0], types[-1]
+
+
+def needs_flash_attn(kv_type: str) -> bool:
+    """llama.cpp has a quantised V only with flash attention."""
+    return split_kv_type(kv_type)[1] in _QUANTISED
 
 
 def default_threads() -> int:
@@ -65,7 +82,7 @@ class Context:
         model: closing it closes the context.
         n_ctx: cells of each sequence, rounded up to a multiple of 256 by llama.cpp.
         n_seq: number of sequences, 1 to 256.
-        kv_type: a key of KV_TYPES. The quantised ones need flash_attn.
+        kv_type: a key of KV_TYPES, or two of them, of K and V: "q8_0/f16". A quantised V needs flash_attn.
         flash_attn: on a CPU it is faster for long prefills and much slower for short batches and decoding.
         threads: None for `default_threads()`.
         unified: one buffer for all sequences instead of a stream each.
@@ -91,9 +108,8 @@ class Context:
         adapter: "Adapter | None" = None,
     ) -> None:
         self._pointer: llama_cpp.llama_context_p | None = None
-        if kv_type not in KV_TYPES:
-            raise InputError(f"KV type {kv_type!r} is not supported: choose one of {', '.join(KV_TYPES)}")
-        if kv_type in QUANTISED_KV_TYPES and not flash_attn:
+        type_k, type_v = split_kv_type(kv_type)
+        if needs_flash_attn(kv_type) and not flash_attn:
             raise InputError(f"KV type {kv_type!r} needs flash attention (flash_attn=True)")
         if not 1 <= n_seq <= MAX_SEQUENCES:
             raise InputError(f"a context can hold 1 to {MAX_SEQUENCES} sequences, not {n_seq}")
@@ -108,6 +124,11 @@ class Context:
 
         cells = n_ctx if unified else (n_ctx + 255) // 256 * 256 * n_seq
         _check_memory(model, cells, kv_type)
+        if type_k in _QUANTISED and model.head_dim % _BLOCK:
+            # with flash attention llama.cpp says so itself, without it would abort
+            raise InputError(
+                f"{model.name} cannot have {type_k} keys: its heads of {model.head_dim} channels are not blocks of {_BLOCK}"
+            )
 
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = cells
@@ -116,7 +137,7 @@ class Context:
         params.n_batch = params.n_ubatch = _BATCH
         params.n_outputs_max = max(n_seq, n_logits or 0)
         params.n_threads = params.n_threads_batch = threads or default_threads()
-        params.type_k = params.type_v = KV_TYPES[kv_type]
+        params.type_k, params.type_v = KV_TYPES[type_k], KV_TYPES[type_v]
         params.flash_attn_type = int(flash_attn)
         params.no_perf = True
         with log.captured():
@@ -263,8 +284,8 @@ class Context:
 def _check_memory(model: Model, cells: int, kv_type: str) -> None:
     """Raises InputError if K and V alone would not fit into this machine: llama.cpp would try, and be killed for it."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    block, size = gguf.GGML_QUANT_SIZES[KV_TYPES[kv_type]]
-    per_cell = 2 * model.n_layer * model.n_embd_kv * size // block
+    sizes = [gguf.GGML_QUANT_SIZES[KV_TYPES[name]] for name in split_kv_type(kv_type)]
+    per_cell = sum(model.n_layer * model.n_embd_kv * size // block for block, size in sizes)
     if cells * (per_cell + _CELL_BYTES) > physical:
         raise InputError(
             f"{cells:,} cells of K and V ({kv_type}) need {cells * (per_cell + _CELL_BYTES) / 1e9:,.0f} GB; this "
@@ -317,4 +338,4 @@ def join(
         if not -(2**31) <= number < 2**31:
             raise InputError(f"{number} is neither a sequence nor a position: both are 32-bit numbers")
     with log.captured():
-        return _native.join(src.address, dst.address, parts, seq, affine)
+        return _native.join(src.address, dst.address, parts, seq, src.model.rotated_layers, affine)

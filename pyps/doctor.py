@@ -7,11 +7,10 @@ from pathlib import Path
 import llama_cpp
 
 from pyps import log
-from pyps.context import KV_TYPES, QUANTISED_KV_TYPES, Context, default_threads
+from pyps.context import KV_TYPES, Context, default_threads, needs_flash_attn
 from pyps.errors import InputError
 from pyps.layout import Layout
 from pyps.model import Model
-from pyps.native import _native
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def _examine_model(path: Path) -> ModelReport:
         kv_types = {}
         for name in KV_TYPES:
             try:
-                Context(model, 256, kv_type=name, flash_attn=name in QUANTISED_KV_TYPES).close()
+                Context(model, 256, kv_type=name, flash_attn=needs_flash_attn(name)).close()
                 kv_types[name] = ""
             except InputError as error:
                 kv_types[name] = str(error)
@@ -94,7 +93,7 @@ def _examine_model(path: Path) -> ModelReport:
             arch=model.arch,
             layers=model.n_layer,
             trained_positions=model.n_ctx_train,
-            joinable=_native.why_not_joinable(model.address),
+            joinable=model.why_not_joinable,
             chat=template,
             kv_types=kv_types,
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 import llama_cpp
 
 from pyps.adapter import Adapter
-from pyps.context import KV_TYPES, MAX_SEQUENCES, QUANTISED_KV_TYPES, Context, Span, join
+from pyps.context import MAX_SEQUENCES, Context, Span, join, needs_flash_attn, split_kv_type
 from pyps.errors import InputError
 from pyps.events import (
     AnswerToken,
@@ -28,7 +28,6 @@ from pyps.generate import Generation, generate
 from pyps.layout import DEFAULT_SYNTHESIZE, Layout, Prompts
 from pyps.model import Model
 from pyps.models import DEFAULT_MODEL, Progress, find_model
-from pyps.native import _native
 from pyps.sampling import Sampling, draw_seed
 
 # From this many tokens on, flash attention has its tiled kernel on a CPU; with fewer it is far slower than without.
@@ -53,7 +52,8 @@ class ForkJoin:
         llama: instead, an existing `llama_cpp.Llama`, whose model is used and which is left alone.
         adapter: path of an adapter for the synthesizer; its mapper and LoRA are used.
         layout: "shared" or "paper"; None for the adapter's, or "shared".
-        kv_type: type of K and V: "f16", "bf16", "f32"; "q8_0" or "q4_0", smaller and, on a CPU, slower.
+        kv_type: type of K and V: "f16", "bf16", "f32"; "q8_0" or "q4_0", smaller and, on a CPU, slower; or one of each,
+            "q8_0/f16".
         n_ctx: most cells any one sequence may need; None for what the model was trained on, and what a job needs.
         threads: None for the physical cores.
 
@@ -76,8 +76,6 @@ class ForkJoin:
             model = Model.borrow(llama)
         elif model is None or llama is not None:
             raise InputError("give ForkJoin a model or a llama, one of the two")
-        if kv_type not in KV_TYPES:
-            raise InputError(f"KV type {kv_type!r} is not supported: choose one of {', '.join(KV_TYPES)}")
         if n_ctx is not None and n_ctx < 1:
             raise InputError(f"n_ctx must be positive, not {n_ctx}")
         self.model = model
@@ -86,8 +84,8 @@ class ForkJoin:
         self._kv_type = kv_type
         self._n_ctx = n_ctx
         self._threads = threads
-        # on a GPU flash attention is the better choice for every batch; quantised caches have no other
-        self._flash_attn = bool(llama_cpp.llama_supports_gpu_offload()) or kv_type in QUANTISED_KV_TYPES
+        # on a GPU flash attention is the better choice for every batch
+        self._flash_attn = needs_flash_attn(kv_type) or bool(llama_cpp.llama_supports_gpu_offload())
 
     @classmethod
     def from_pretrained(
@@ -102,6 +100,7 @@ class ForkJoin:
         threads: int | None = None,
     ) -> "ForkJoin":
         """On a GGUF file, on "smollm2", or on "hf:OWNER/REPO:FILE-or-QUANT". Raises InputError as find_model does."""
+        split_kv_type(kv_type)  # a mistake is said before a model is loaded
         model = Model.load(find_model(name, progress) if progress else find_model(name))
         try:
             return cls(model, adapter=adapter, layout=layout, kv_type=kv_type, n_ctx=n_ctx, threads=threads)
@@ -369,7 +368,7 @@ class _Run:
         if spans:  # branches may all have been empty
             mapper = self.fj.adapter.mapper if self.fj.adapter else None
             lengths = [s.end - s.start for s in spans]
-            affine = mapper.coefficients(lengths, _native.n_layers(ctx.address)) if mapper else None
+            affine = mapper.coefficients(lengths, len(fj.model.rotated_layers)) if mapper else None
             joined = join(ctx, synthesizer, spans, 0, affine)
         join_ms = (time.perf_counter() - began) * 1e3
         yield Joined(joined, join_ms)
@@ -387,7 +386,7 @@ class _Run:
         counted: whoever does this for a living has them ready."""
         prefix = self.prompts.prefix
         tail = self.layout.pasted([r.name for r in results], [r.text for r in results])
-        joinable = not _native.why_not_joinable(self.fj.model.address)
+        joinable = not self.fj.model.why_not_joinable
         size = len(prefix) + len(tail)
         contexts = [self._context(size + self.answer_sampling.max_tokens)]
         try:

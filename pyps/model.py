@@ -10,7 +10,6 @@ import llama_cpp
 
 from pyps import log
 from pyps.errors import InputError, RefusedError
-from pyps.native import _native
 
 if TYPE_CHECKING:
     from pyps.adapter import Adapter
@@ -87,10 +86,28 @@ class Model:
         if not self.is_open:
             raise InputError("the model is closed")
 
+    @functools.cached_property
+    def rotated_layers(self) -> list[bool]:
+        """For every layer with K and V: whether RoPE turns its keys. Tried on the first call (one decode).
+        Raises RefusedError, naming the architecture, if this model's caches cannot be joined."""
+        from pyps.positions import find_rotated_layers
+
+        self.check_open()
+        return find_rotated_layers(self)
+
+    @functools.cached_property
+    def why_not_joinable(self) -> str:
+        """Why this model's caches cannot be joined; "" if they can."""
+        try:
+            self.rotated_layers  # noqa: B018
+        except RefusedError as error:
+            return str(error)
+        return ""
+
     def check_joinable(self) -> None:
         """Raises RefusedError, naming the architecture, if this model's caches cannot be joined."""
-        if reason := _native.why_not_joinable(self.address):
-            raise RefusedError(f"{self.name}: {reason}. Text mode (--mode text) works with it.")
+        if self.why_not_joinable:
+            raise RefusedError(f"{self.name}: {self.why_not_joinable}. Text mode (--mode text) works with it.")
 
     def check_generates(self) -> None:
         """Raises RefusedError for models that do not simply continue a text (encoders, encoder-decoders)."""
@@ -125,11 +142,15 @@ class Model:
         return int(llama_cpp.llama_model_n_layer(self.pointer))
 
     @property
+    def head_dim(self) -> int:
+        """Channels of a K head."""
+        n_head = int(llama_cpp.llama_model_n_head(self.pointer)) or 1  # recurrent models have none
+        return int(self.metadata.get(f"{self.arch}.attention.key_length") or self.n_embd // n_head)
+
+    @property
     def n_embd_kv(self) -> int:
         """Channels of all K heads of a layer."""
-        n_head = int(llama_cpp.llama_model_n_head(self.pointer)) or 1  # recurrent models have none
-        head = self.metadata.get(f"{self.arch}.attention.key_length") or self.n_embd // n_head
-        return int(llama_cpp.llama_model_n_head_kv(self.pointer)) * int(head)
+        return int(llama_cpp.llama_model_n_head_kv(self.pointer)) * self.head_dim
 
     @property
     def n_embd(self) -> int:

@@ -23,6 +23,7 @@ HF_NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
@@ -31,11 +32,22 @@ HF_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-GEMMA3_NAMES = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
+# where an architecture's Transformers model has other names
+ARCH_NAMES = {
+    "gemma3": {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+    "phi3": {"ffn_up": "mlp.gate_up_proj"},
+    "qwen3moe": {"ffn_gate_inp": "mlp.gate"},
+    "gpt-oss": {
+        "attn_sinks": "self_attn.sinks",
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_gate_inp": "mlp.router",
+    },
 }
+_EXPERTS = [f"{name}_exps.{kind}" for name in ("gate", "up", "down") for kind in ("weight", "bias")]
 PERMUTED = ("llama", "smollm3")  # q and k rows are interleaved in GGUF, halves in Transformers
 
 
@@ -61,19 +73,21 @@ class Joined:
 
 
 class Oracle:
-    """A GGUF file written by tiny.py as a Transformers model; with an adapter file, the LoRA is merged into a second
-    copy of the weights, which only the synthesizer uses."""
+    """A GGUF file (of tiny.py, or the default model) as a Transformers model; the LoRA of an adapter file is merged into
+    a second copy of the weights, which the synthesizer uses if it is to."""
 
-    def __init__(self, path: Path, adapter: Path | None = None) -> None:
+    def __init__(self, path: Path, adapter: Path) -> None:
         reader = gguf.GGUFReader(path)
         self._meta = {name: field.contents() for name, field in reader.fields.items()}
         self._arch = self._meta["general.architecture"]
-        weights = {t.name: torch.from_numpy(np.array(t.data)).float() for t in reader.tensors}
-        self._factors = weights.pop("rope_freqs.weight", None)
+        weights = {t.name: torch.from_numpy(np.array(gguf.dequantize(t.data, t.tensor_type))) for t in reader.tensors}
+        long = self._key("context_length") > self._key("rope.scaling.original_context_length", 2**31)
+        short_factors, long_factors = (weights.pop(f"rope_factors_{n}.weight", None) for n in ("short", "long"))
+        self._factors = weights.pop("rope_freqs.weight", long_factors if long else short_factors)
         self.n_layers = self._key("block_count")
         self.window = self._key("attention.sliding_window", 0)
         self._base = self._build(weights)
-        self._synthesizer = self._build(_with_lora(weights, adapter)) if adapter else self._base
+        self._synthesizer = self._build(_with_lora(weights, adapter))
 
     def _key(self, name: str, default: Any = None) -> Any:
         value = self._meta.get(f"{self._arch}.{name}", default)
@@ -81,13 +95,10 @@ class Oracle:
         return value
 
     def is_sliding(self, layer: int) -> bool:
-        return bool(self.window) and layer % 6 != 5
+        return bool(self.window) and (layer % 6 != 5 if self._arch == "gemma3" else layer % 2 == 0)
 
     def has_rope(self, layer: int) -> bool:
         return self._arch != "smollm3" or layer % 4 != 3
-
-    def _rope_base(self, layer: int) -> float:
-        return 10000.0 if self.is_sliding(layer) else float(self._key("rope.freq_base", 10000.0))
 
     @property
     def _head_dim(self) -> int:
@@ -109,39 +120,90 @@ class Oracle:
             "tie_word_embeddings": False,
             "attn_implementation": "eager",
         }
-        rope = {"rope_type": "default", "rope_theta": float(self._key("rope.freq_base", 10000.0))}
-        if self._arch == "gemma3":
-            types = ["sliding_attention" if self.is_sliding(i) else "full_attention" for i in range(self.n_layers)]
-            local = {"rope_type": "default", "rope_theta": 10000.0}
-            config: Any = transformers.Gemma3TextConfig(
-                **common,
-                layer_types=types,
-                sliding_window=self.window,
-                query_pre_attn_scalar=self._head_dim,
-                rope_parameters={"full_attention": rope, "sliding_attention": local},
-            )
-            model: Any = transformers.Gemma3ForCausalLM(config)
-        elif self._arch == "smollm3":
-            no_rope = [int(self.has_rope(i)) for i in range(self.n_layers)]
-            config = transformers.SmolLM3Config(
-                **common, rope_parameters=rope, no_rope_layers=no_rope, pad_token_id=None, use_sliding_window=False
-            )
-            model = transformers.SmolLM3ForCausalLM(config)
-        else:
-            name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[self._arch]
-            config = getattr(transformers, f"{name}Config")(**common, rope_parameters=rope)
-            model = getattr(transformers, f"{name}ForCausalLM")(config)
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(self._key("rope.freq_base", 10000.0))}
+        if kind := self._key("rope.scaling.type", ""):
+            rope |= {"rope_type": kind, "factor": self._key("rope.scaling.factor")}
+        if kind == "yarn":
+            rope["original_max_position_embeddings"] = self._key("rope.scaling.original_context_length")
+        types = ["sliding_attention" if self.is_sliding(i) else "full_attention" for i in range(self.n_layers)]
+        moe = {
+            "moe_intermediate_size": self._key("expert_feed_forward_length", 1),
+            "num_experts_per_tok": self._key("expert_used_count", 1),
+            "experts_implementation": "eager",
+        }
+        config: Any
+        match self._arch:
+            case "gemma3":
+                local = {"rope_type": "default", "rope_theta": 10000.0}
+                config = transformers.Gemma3TextConfig(
+                    **common,
+                    layer_types=types,
+                    sliding_window=self.window,
+                    query_pre_attn_scalar=self._head_dim,
+                    rope_parameters={"full_attention": rope, "sliding_attention": local},
+                )
+            case "smollm3":
+                no_rope = [int(self.has_rope(i)) for i in range(self.n_layers)]
+                config = transformers.SmolLM3Config(
+                    **common, rope_parameters=rope, no_rope_layers=no_rope, pad_token_id=None, use_sliding_window=False
+                )
+            case "phi3":
+                config = transformers.Phi3Config(**common, rope_parameters=rope, pad_token_id=None)
+            case "qwen3moe":
+                config = transformers.Qwen3MoeConfig(
+                    **common, **moe, rope_parameters=rope, num_experts=self._key("expert_count"), norm_topk_prob=True
+                )
+            case "gpt-oss":
+                config = transformers.GptOssConfig(
+                    **common,
+                    **moe,
+                    rope_parameters=rope,
+                    layer_types=types,
+                    sliding_window=self.window,
+                    num_local_experts=self._key("expert_count"),
+                )
+            case arch:
+                name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[arch]
+                config = getattr(transformers, f"{name}Config")(**common, rope_parameters=rope)
+        model: Any = transformers.AutoModelForCausalLM.from_config(config)
+        model.load_state_dict(self._state(weights), strict=True)
         if self._factors is not None:
             model.model.rotary_emb.inv_freq /= self._factors
-        model.load_state_dict({self._hf_name(n): self._hf_values(n, w) for n, w in weights.items()}, strict=True)
+            model.model.rotary_emb.attention_scaling = self._key("rope.scaling.attn_factor", 1.0)
         return model.eval()
+
+    def _state(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The weights by their names in Transformers, in its arrangement."""
+        state = {}
+        for name, values in weights.items():
+            if "_exps." in name:
+                continue
+            state[self._hf_name(name)] = self._hf_values(name, values)
+        for i in range(self.n_layers if "blk.0.ffn_gate_exps.weight" in weights else 0):
+            part = {kind: weights.get(f"blk.{i}.ffn_{kind}") for kind in _EXPERTS}
+            gate, up, down = part["gate_exps.weight"], part["up_exps.weight"], part["down_exps.weight"]
+            assert gate is not None and up is not None and down is not None
+            to = f"model.layers.{i}.mlp.experts"
+            if self._arch == "gpt-oss":  # gate and up alternate, inputs come first
+                state[f"{to}.gate_up_proj"] = torch.stack([gate, up], dim=2).flatten(1, 2).transpose(1, 2)
+                state[f"{to}.down_proj"] = down.transpose(1, 2)
+                gate_bias, up_bias, down_bias = (part[f"{n}_exps.bias"] for n in ("gate", "up", "down"))
+                assert gate_bias is not None and up_bias is not None and down_bias is not None
+                state[f"{to}.gate_up_proj_bias"] = torch.stack([gate_bias, up_bias], dim=2).flatten(1, 2)
+                state[f"{to}.down_proj_bias"] = down_bias
+            else:
+                state[f"{to}.gate_up_proj"] = torch.cat([gate, up], dim=1)
+                state[f"{to}.down_proj"] = down
+        if "output.weight" not in weights:
+            state["lm_head.weight"] = weights["token_embd.weight"]
+        return state
 
     def _hf_name(self, name: str) -> str:
         if name in HF_NAMES:
             return HF_NAMES[name]
         _, layer, part, kind = name.split(".")
-        names = HF_NAMES | (GEMMA3_NAMES if self._arch == "gemma3" else {})
-        return f"model.layers.{layer}.{names[part]}.{kind}"
+        names = HF_NAMES | ARCH_NAMES.get(self._arch, {})
+        return f"model.layers.{layer}.{names[part]}" + ("" if part == "attn_sinks" else f".{kind}")
 
     def _hf_values(self, name: str, values: torch.Tensor) -> torch.Tensor:
         if self._arch == "gemma3" and "norm" in name:
@@ -181,9 +243,9 @@ class Oracle:
         )
         return output.logits[0], cache
 
-    def plain(self, tokens: Sequence[int]) -> np.ndarray:
+    def plain(self, tokens: Sequence[int], lora: bool) -> np.ndarray:
         """Logits [tokens, vocab] of the synthesizer without any of this."""
-        return self._forward(self._synthesizer, tokens, 0, None)[0].numpy()
+        return self._forward(self._synthesizer if lora else self._base, tokens, 0, None)[0].numpy()
 
     def encode(self, tokens: Sequence[int], span: tuple[int, int]) -> Span:
         """A branch: all its tokens are read by the base model, positions [start, end) are kept."""
@@ -194,13 +256,12 @@ class Oracle:
         return Span(k, v, start)
 
     def _rotate(self, k: torch.Tensor, delta: int, layer: int) -> torch.Tensor:
-        d = self._head_dim
-        frequencies = self._rope_base(layer) ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
-        if self._factors is not None:
-            frequencies = frequencies / self._factors
-        cos, sin = torch.cos(delta * frequencies), torch.sin(delta * frequencies)
-        a, b = k[..., : d // 2].double(), k[..., d // 2 :].double()
-        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).float()
+        rotary = self._base.model.rotary_emb
+        kind = "sliding_attention" if self.is_sliding(layer) else "full_attention"
+        frequencies = getattr(rotary, f"{kind}_inv_freq", None)  # where layers differ
+        angles = delta * (rotary.inv_freq if frequencies is None else frequencies).double()
+        a, b = k.double().chunk(2, dim=-1)
+        return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], dim=-1).float()
 
     def join(self, prefix: Span | None, spans: Sequence[Span], coefficients: np.ndarray | None) -> Joined:
         """Prefix as it is; spans turned to the branch point, mapped by (a_k, b_k, a_v, b_v) [spans, layers, 4], side by
@@ -222,9 +283,10 @@ class Oracle:
         positions = list(range(point)) + [point + j for span in spans for j in range(len(span))]
         return Joined(k, v, positions)
 
-    def synthesize(self, joined: Joined, tokens: Sequence[int]) -> np.ndarray:
+    def synthesize(self, joined: Joined, tokens: Sequence[int], lora: bool) -> np.ndarray:
         """Logits [tokens, vocab] of the synthesizer's tokens, which come after the longest span."""
-        return self._forward(self._synthesizer, tokens, max(joined.positions) + 1, joined)[0].numpy()
+        model = self._synthesizer if lora else self._base
+        return self._forward(model, tokens, max(joined.positions) + 1, joined)[0].numpy()
 
 
 def _with_lora(weights: dict[str, torch.Tensor], adapter: Path) -> dict[str, torch.Tensor]:

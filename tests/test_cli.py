@@ -105,7 +105,7 @@ def test_options_reach_their_place(tmp_path: Path, tiny_path: Path) -> None:
     result = json.loads(done.stdout)
     assert (result["adapter"], result["layout"]) == (str(adapter), "paper")
     assert result["tokens"]["generated"] <= 5
-    assert "trained on 'x'; this model is 'tiny-llama'" in done.stderr
+    assert "trained on 'x'; this model is 'tiny'" in done.stderr
 
 
 def test_an_empty_branch_is_said() -> None:
@@ -240,7 +240,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path) -> Path:
         ("TASK BRANCHES --model TINY --max-tokens 5000", "was trained on 2,048"),
         ("TASK BRANCHES --model TINY --max-tokens 0", "max_tokens must be at least 1"),
         ("TASK BRANCHES --model TINY --threads 0", "threads must be between"),
-        ("TASK BRANCHES --model TINY --kv-type q2_k", "'q2_k' is not one of"),
+        ("TASK BRANCHES --model TINY --kv-type q2_k", "'q2_k' is not supported: choose one of f16"),
         ("TASK BRANCHES --model TINY --kv-type q8_0", "q8_0) for tiny.gguf"),
         ("TASK BRANCHES --model TINY --temperature -1", "temperature must be"),
         ("TASK BRANCHES --model TINY --seed -5", "seed must be"),

@@ -11,25 +11,9 @@ import numpy as np
 
 N_EMBD, N_HEAD, N_HEAD_KV, HEAD_DIM, N_FF = 64, 4, 2, 16, 96
 
-# what each architecture needs beyond the Llama tensors; shapes as NumPy has them (rows first)
-_PER_LAYER: dict[str, dict[str, tuple[int, ...]]] = {
-    "llama": {},
-    "smollm3": {},
-    "qwen2": {"attn_q.bias": (64,), "attn_k.bias": (32,), "attn_v.bias": (32,)},
-    "qwen2vl": {"attn_q.bias": (64,), "attn_k.bias": (32,), "attn_v.bias": (32,)},
-    "qwen3": {"attn_q_norm.weight": (HEAD_DIM,), "attn_k_norm.weight": (HEAD_DIM,)},
-    "gemma3": {
-        "attn_q_norm.weight": (HEAD_DIM,),
-        "attn_k_norm.weight": (HEAD_DIM,),
-        "post_attention_norm.weight": (N_EMBD,),
-        "post_ffw_norm.weight": (N_EMBD,),
-    },
-    "gemma": {},
-    "gpt2": {},
-    "mamba": {},
-    "jamba": {},
-    "deepseek2": {},
-}
+N_EXPERTS = 4
+
+_BERT_NORMS = ("attn_output_norm", "layer_output_norm")
 
 _SSM = {
     "ssm_in.weight": (256, 64),
@@ -60,6 +44,15 @@ def _attention(head_dim: int = HEAD_DIM) -> dict[str, tuple[int, ...]]:
     }
 
 
+def _qkv_biases(head_dim: int = HEAD_DIM) -> dict[str, tuple[int, ...]]:
+    n_kv = N_HEAD_KV * head_dim
+    return {"attn_q.bias": (N_HEAD * head_dim,), "attn_k.bias": (n_kv,), "attn_v.bias": (n_kv,)}
+
+
+def _qk_norms(head_dim: int = HEAD_DIM) -> dict[str, tuple[int, ...]]:
+    return {"attn_q_norm.weight": (head_dim,), "attn_k_norm.weight": (head_dim,)}
+
+
 def _feed_forward() -> dict[str, tuple[int, ...]]:
     return {
         "ffn_norm.weight": (N_EMBD,),
@@ -69,8 +62,54 @@ def _feed_forward() -> dict[str, tuple[int, ...]]:
     }
 
 
+def _experts() -> dict[str, tuple[int, ...]]:
+    return {
+        "ffn_gate_inp.weight": (N_EXPERTS, N_EMBD),
+        "ffn_gate_exps.weight": (N_EXPERTS, N_FF, N_EMBD),
+        "ffn_up_exps.weight": (N_EXPERTS, N_FF, N_EMBD),
+        "ffn_down_exps.weight": (N_EXPERTS, N_EMBD, N_FF),
+    }
+
+
 def _layer(arch: str, i: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of layer i; shapes as NumPy has them (rows first)."""
     norm = {"attn_norm.weight": (N_EMBD,)}
+    llama = norm | _attention(head_dim) | _feed_forward()
+    if arch in ("llama", "smollm3", "gemma", "llada"):
+        return llama
+    if arch in ("qwen2", "qwen2vl"):
+        return llama | _qkv_biases(head_dim)
+    if arch in ("qwen3", "hunyuan-dense"):  # the latter applies them after RoPE
+        return llama | _qk_norms(head_dim)
+    if arch == "gemma3":
+        return (
+            llama
+            | _qk_norms(head_dim)
+            | {"post_attention_norm.weight": (N_EMBD,), "post_ffw_norm.weight": (N_EMBD,)}
+        )
+    if arch == "phi3":
+        return norm | {
+            "attn_qkv.weight": ((N_HEAD + 2 * N_HEAD_KV) * head_dim, N_EMBD),
+            "attn_output.weight": (N_EMBD, N_HEAD * head_dim),
+            "ffn_norm.weight": (N_EMBD,),
+            "ffn_up.weight": (2 * N_FF, N_EMBD),
+            "ffn_down.weight": (N_EMBD, N_FF),
+        }
+    if arch == "qwen3moe":
+        return norm | _attention() | _qk_norms() | {"ffn_norm.weight": (N_EMBD,)} | _experts()
+    if arch == "gpt-oss":
+        biases = {f"{name.removesuffix('weight')}bias": shape[:-1] for name, shape in _experts().items()}
+        return (
+            norm
+            | _attention()
+            | _qkv_biases()
+            | {"attn_output.bias": (N_EMBD,), "attn_sinks.weight": (N_HEAD,), "post_attention_norm.weight": (N_EMBD,)}
+            | _experts()
+            | biases
+        )
+    if arch == "bert":
+        norms = {f"{name}.{kind}": (N_EMBD,) for name in _BERT_NORMS for kind in ("weight", "bias")}
+        return _attention() | _qkv_biases() | norms | {"ffn_up.weight": (N_FF, N_EMBD), "ffn_down.weight": (N_EMBD, N_FF)}
     if arch == "mamba":
         return norm | _SSM
     if arch == "jamba":
@@ -105,7 +144,7 @@ def _layer(arch: str, i: int, head_dim: int) -> dict[str, tuple[int, ...]]:
             }
             | _feed_forward()
         )
-    return norm | _attention(head_dim) | _feed_forward() | _PER_LAYER[arch]
+    raise ValueError(arch)
 
 
 def write_model(
@@ -115,15 +154,17 @@ def write_model(
     seed: int = 0,
     head_dim: int = HEAD_DIM,
     freq_factors: bool = False,
+    long_rope: bool = False,
     **metadata: Any,
 ) -> Path:
-    """A model of the architecture, F32 throughout. head_dim: other than HEAD_DIM for llama only. freq_factors: with
-    Llama 3's divisors of the RoPE frequencies. metadata: more keys, "." written as "__"; None leaves one out."""
+    """A model of the architecture, F32 throughout. head_dim: other than HEAD_DIM for llama and gemma3 only. freq_factors: with
+    Llama 3's divisors of the RoPE frequencies. long_rope: with Phi 3's two lists of them, the longer contexts' in effect
+    above original_context_length. metadata: more keys, "." written as "__"; None leaves one out."""
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, arch)
     tokens = [*_byte_tokens(), "<|im_start|>", "<|im_end|>", "<|endoftext|>", "Ġa"]
     kinds = [gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL]
-    writer.add_name(f"tiny-{arch}")
+    writer.add_name("tiny")
     writer.add_context_length(2048)
     writer.add_embedding_length(N_EMBD)
     writer.add_block_count(n_layers)
@@ -133,8 +174,8 @@ def write_model(
         writer.add_head_count(N_HEAD)
     elif arch != "mamba":
         writer.add_head_count(N_HEAD)
-        writer.add_head_count_kv(N_HEAD if arch == "gpt2" else 1 if arch == "deepseek2" else N_HEAD_KV)
-    if head_dim != HEAD_DIM:
+        writer.add_head_count_kv({"gpt2": N_HEAD, "t5": N_HEAD, "deepseek2": 1}.get(arch, N_HEAD_KV))
+    if head_dim != HEAD_DIM or arch in ("gemma", "gemma3"):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
         writer.add_rope_dimension_count(head_dim)
@@ -160,9 +201,18 @@ def write_model(
         writer.add_rope_dimension_sections([2, 3, 3, 0])
     if arch == "gemma3":
         writer.add_sliding_window(32)
-    if arch in ("gemma", "gemma3"):
-        writer.add_key_length(HEAD_DIM)
-        writer.add_value_length(HEAD_DIM)
+    if arch == "gpt-oss":
+        writer.add_sliding_window(32)
+    if arch in ("qwen3moe", "gpt-oss"):
+        writer.add_expert_count(N_EXPERTS)
+        # all of them: the choice of a few is not continuous, so rounding could make two right answers differ
+        writer.add_expert_used_count(N_EXPERTS)
+        writer.add_expert_feed_forward_length(N_FF)
+    if arch == "bert":
+        writer.add_token_type_count(1)
+    if arch == "t5":
+        writer.add_relative_attn_buckets_count(8)
+        writer.add_decoder_start_token_id(0)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
@@ -176,7 +226,9 @@ def write_model(
 
     def tensor(name: str, shape: tuple[int, ...]) -> None:
         values = rng.standard_normal(shape)
-        if "norm" in name and name.endswith("weight"):
+        if arch == "hunyuan-dense" and "k_norm" in name:
+            values = 1 + 0.3 * values  # unlike ones, which commute with RoPE
+        elif "norm" in name and name.endswith("weight"):
             values = 1 + 0.1 * values
         elif name.endswith("ssm_a"):
             values = -np.abs(values)
@@ -185,14 +237,35 @@ def write_model(
         writer.add_tensor(name, values.astype(np.float32))
 
     writer.add_tensor("token_embd.weight", rng.standard_normal((len(tokens), N_EMBD)).astype(np.float32))
-    tensor("output_norm.weight", (N_EMBD,))
-    if arch != "gemma":  # its output is its embedding
+    if arch == "bert":
+        for name in ("token_embd_norm.weight", "token_embd_norm.bias"):
+            tensor(name, (N_EMBD,))
+    elif arch == "t5":
+        for side in ("enc", "dec"):
+            tensor(f"{side}.output_norm.weight", (N_EMBD,))
+            for i in range(n_layers):
+                square = dict.fromkeys(_attention(), (N_EMBD, N_EMBD))
+                layer = square | _feed_forward() | {"attn_norm.weight": (N_EMBD,)}
+                if side == "dec":
+                    layer |= {f"cross_{name}": shape for name, shape in square.items()}
+                    layer["cross_attn_norm.weight"] = (N_EMBD,)
+                layer["attn_rel_b.weight"] = (8, N_HEAD)
+                for name, shape in layer.items():
+                    tensor(f"{side}.blk.{i}.{name.replace('attn_output', 'attn_o')}", shape)
+        return _finish(writer, path)
+    else:
+        tensor("output_norm.weight", (N_EMBD,))
+    if arch not in ("gemma", "bert"):  # its output is its embedding
         tensor("output.weight", (len(tokens), N_EMBD))
-    if arch == "gpt2":
+    if arch in ("gpt2", "bert"):
         tensor("position_embd.weight", (2048, N_EMBD))
+    if arch == "gpt2":
         tensor("output_norm.bias", (N_EMBD,))
     if freq_factors:
         writer.add_tensor("rope_freqs.weight", np.linspace(1, 8, head_dim // 2).astype(np.float32))
+    if long_rope:
+        writer.add_tensor("rope_factors_short.weight", np.linspace(1, 2, head_dim // 2).astype(np.float32))
+        writer.add_tensor("rope_factors_long.weight", np.linspace(1, 30, head_dim // 2).astype(np.float32))
     for i in range(n_layers):
         for name, shape in _layer(arch, i, head_dim).items():
             tensor(f"blk.{i}.{name}", shape)
@@ -227,12 +300,16 @@ def write_adapter(
     n_layers: int = 4,
     lora: bool = True,
     n_embd: int = N_EMBD,
+    n_head: int = N_HEAD,
+    n_head_kv: int = N_HEAD_KV,
     head_dim: int = HEAD_DIM,
     mapper: dict[str, Any] | None = None,
     seed: int = 0,
+    scale: float = 0.2,
     **metadata: Any,
 ) -> Path:
-    """An adapter with a random LoRA (rank 4 on q and v) and, if given, a mapper. metadata as in write_model."""
+    """An adapter with a random LoRA (rank 4 on q and v, fused where the model's are) and, if given, a mapper. metadata
+    as in write_model."""
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, arch)
     values: dict[str, Any] = {
@@ -245,11 +322,14 @@ def write_adapter(
     }
     for key, value in values.items():
         _add(writer, key, value)
+    targets = {"attn_q": n_head * head_dim, "attn_v": n_head_kv * head_dim}
+    if arch == "phi3":
+        targets = {"attn_qkv": (n_head + 2 * n_head_kv) * head_dim}
     if lora:
         for i in range(n_layers):
-            for name, rows in (("attn_q", N_HEAD * head_dim), ("attn_v", N_HEAD_KV * head_dim)):
+            for name, rows in targets.items():
                 for suffix, shape in (("lora_a", (4, n_embd)), ("lora_b", (rows, 4))):
-                    data = rng.standard_normal(shape).astype(np.float32) * 0.2
+                    data = rng.standard_normal(shape).astype(np.float32) * scale
                     writer.add_tensor(f"blk.{i}.{name}.weight.{suffix}", data)
     return _finish(writer, path)
 

@@ -1,0 +1,61 @@
+"""Which layers' keys carry their position, and whether moving them is exact: found by trying, not by a table of names.
+
+A token that is alone in its sequence attends to itself only, so wherever it stands each layer computes the same for it,
+RoPE aside. Its keys at position 0, moved by the join, must then be the keys that llama.cpp computes where they were moved
+to, in every layer; where llama.cpp's keys are the same in both places, the layer has no positions (every fourth of
+SmolLM3). Anything else (K normalised after RoPE, a position that enters elsewhere) is refused.
+"""
+
+from typing import TYPE_CHECKING
+
+import llama_cpp
+import numpy as np
+
+from pyps.errors import RefusedError
+from pyps.native import _native
+
+if TYPE_CHECKING:
+    from pyps.model import Model
+
+_FAR = 1000  # positions: far enough to turn all but the slowest channels
+_TOLERANCE = 2e-3  # of a layer's largest value. Angles in float32 are off by 1e-4; another RoPE by a tenth and more
+
+
+def find_rotated_layers(model: "Model") -> list[bool]:
+    """For every layer with K and V, from 0: whether RoPE turns its keys. Costs one decode of two tokens.
+
+    Raises:
+        RefusedError: this model's keys cannot be moved exactly; the text names the architecture and the reason.
+    """
+    from pyps.context import Context, Token
+
+    if reason := _native.why_not_joinable(model.address):
+        raise RefusedError(reason)
+    token = (model.tokenize("The") or [0])[-1]
+    # f32, so that no rounding hides a difference
+    with Context(model, 256, 3, kv_type="f32", flash_attn=bool(llama_cpp.llama_supports_gpu_offload())) as ctx:
+        n_layers = _native.n_layers(ctx.address)
+        ctx.decode([Token(token, 0, 0), Token(token, _FAR, 1)])
+        _native.join(ctx.address, ctx.address, [(0, 0, 1, _FAR)], 2, [True] * n_layers)
+        rotated = []
+        for layer in range(n_layers):
+            (k0, v0), (k1, v1), (moved, _) = (
+                (k.view(np.float32), v.view(np.float32))
+                for _, _, k, v in (_native.read(ctx.address, seq, layer) for seq in range(3))
+            )
+            if not _same(v0, v1):
+                what = f"the values of layer {layer} depend on the position"
+            elif _same(k0, k1):
+                rotated.append(False)
+                continue
+            elif _same(moved, k1):
+                rotated.append(True)
+                continue
+            else:
+                what = f"the keys of layer {layer} at two positions differ by more than RoPE"
+            raise RefusedError(f"caches of '{model.arch}' models cannot be joined: {what}, so they cannot be moved exactly")
+    return rotated
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool(np.abs(a - b).max() <= _TOLERANCE * np.abs(b).max())
