@@ -32,12 +32,6 @@ std::string why_not(const llama_model & model) {
     if (llm_arch_is_hybrid(model.arch)) {
         return "part of its memory is a recurrent state, which cannot be split into spans";
     }
-    if (llama_model_has_encoder(&model)) {
-        return "it is an encoder-decoder model";
-    }
-    if (!hp.causal_attn) {
-        return "it reads in both directions, so it makes embeddings or fills gaps, but does not continue a text";
-    }
     if (hp.is_mla()) {
         return "it uses multi-head latent attention (MLA), whose V is part of K";
     }
@@ -62,6 +56,14 @@ std::string refusal(const llama_model & model, const std::string & reason) {
 std::string why_not_joinable(const llama_model * model) {
     const std::string reason = why_not(*model);
     return reason.empty() ? "" : refusal(*model, reason);
+}
+
+bool is_causal(const llama_model * model) {
+    return model->hparams.causal_attn;
+}
+
+uint32_t long_context(const llama_model * model) {
+    return !model->layers.empty() && model->layers[0].rope_long ? model->hparams.n_ctx_orig_yarn : 0;
 }
 
 Cache::Cache(llama_context * ctx, llama_kv_cache * kv, bool sliding) : impl_(std::make_unique<Impl>()) {

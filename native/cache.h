@@ -138,6 +138,13 @@ class Memory {
     std::vector<Cache> caches_;
 };
 
+// False for models that read in both directions: embeddings, diffusion.
+bool is_causal(const llama_model * model);
+
+// LongRoPE: a context with more cells a sequence than this turns keys by other frequency factors than a smaller one. 0 if
+// the model has one set of factors, or none.
+uint32_t long_context(const llama_model * model);
+
 // Empty, or why a model of this kind cannot be joined. Needs no context.
 std::string why_not_joinable(const llama_model * model);
 

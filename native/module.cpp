@@ -137,6 +137,13 @@ NB_MODULE(_native, m) {
         [](uintptr_t model) { return pyps::why_not_joinable(reinterpret_cast<const llama_model *>(model)); }, "model"_a,
         "Empty, or why the caches of this model cannot be joined.");
     m.def(
+        "is_causal", [](uintptr_t model) { return pyps::is_causal(reinterpret_cast<const llama_model *>(model)); },
+        "model"_a, "False for models that read in both directions.");
+    m.def(
+        "long_context",
+        [](uintptr_t model) { return pyps::long_context(reinterpret_cast<const llama_model *>(model)); }, "model"_a,
+        "Cells a sequence above which LongRoPE's long factors apply; 0 if the model has none.");
+    m.def(
         "n_layers", [](uintptr_t ctx) { return pyps::Memory(as_context(ctx)).n_layers(); }, "ctx"_a,
         "Attention layers with a KV cache: the mapper's layer count.");
     m.def("read", &read_cells, "ctx"_a, "seq"_a, "layer"_a,

@@ -49,6 +49,11 @@ def needs_flash_attn(kv_type: str) -> bool:
     return split_kv_type(kv_type)[1] in _QUANTISED
 
 
+def round_up(n_ctx: int) -> int:
+    """The cells that llama.cpp gives a sequence which is to have n_ctx."""
+    return -(-n_ctx // 256) * 256
+
+
 def default_threads() -> int:
     """Physical cores this process may use: two threads on one core slow llama.cpp down."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
@@ -122,12 +127,13 @@ class Context:
         self.n_seq = n_seq
         model.check_open()
 
-        cells = n_ctx if unified else (n_ctx + 255) // 256 * 256 * n_seq
+        cells = n_ctx if unified else round_up(n_ctx) * n_seq
         _check_memory(model, cells, kv_type)
         if type_k in _QUANTISED and model.head_dim % _BLOCK:
             # with flash attention llama.cpp says so itself, without it would abort
             raise InputError(
-                f"{model.name} cannot have {type_k} keys: its heads of {model.head_dim} channels are not blocks of {_BLOCK}"
+                f"{model.name} cannot have {type_k} keys: its heads have {model.head_dim} channels, which is no multiple "
+                f"of {_BLOCK}"
             )
 
         params = llama_cpp.llama_context_default_params()
@@ -155,7 +161,7 @@ class Context:
         self._memory = llama_cpp.llama_get_memory(self._pointer)
         if not self._memory:
             self.close()
-            raise RefusedError(f"{model.name}: '{model.arch}' models have no memory, so they cannot generate text")
+            raise RefusedError(f"'{model.arch}' models have no memory, so they cannot generate text")
         self.n_ctx = int(llama_cpp.llama_n_ctx_seq(self._pointer))
         self.n_batch = int(llama_cpp.llama_n_batch(self._pointer))
         self._max_logits = int(params.n_outputs_max)

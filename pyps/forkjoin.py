@@ -8,7 +8,7 @@ from pathlib import Path
 import llama_cpp
 
 from pyps.adapter import Adapter
-from pyps.context import MAX_SEQUENCES, Context, Span, join, needs_flash_attn, split_kv_type
+from pyps.context import MAX_SEQUENCES, Context, Span, join, needs_flash_attn, round_up, split_kv_type
 from pyps.errors import InputError
 from pyps.events import (
     AnswerToken,
@@ -249,6 +249,11 @@ class _Run:
         pasted = len(p.prefix) + len(self.layout.pasted([b.name for b in self.branches], [""] * len(spans)))
         text_cells = pasted + sum(spans) + self.answer_sampling.max_tokens
 
+        # keys move between contexts that encode positions alike
+        limit = self.fj.model.long_context
+        most = round_up(max(self.branch_cells, self.synthesizer_cells, text_cells))
+        self.least_cells = limit + 1 if limit and most > limit else 1
+
         trained = self.fj.model.n_ctx_train
         # joined spans lie side by side, so the synthesizer needs cells for all of them but positions for the longest
         needs = {"a branch": (self.branch_cells, self.branch_cells)}
@@ -269,7 +274,7 @@ class _Run:
         fj = self.fj
         return Context(
             fj.model,
-            n_ctx,
+            max(n_ctx, self.least_cells),
             n_seq,
             kv_type=fj._kv_type,
             flash_attn=flash_attn or fj._flash_attn,
@@ -368,7 +373,7 @@ class _Run:
         if spans:  # branches may all have been empty
             mapper = self.fj.adapter.mapper if self.fj.adapter else None
             lengths = [s.end - s.start for s in spans]
-            affine = mapper.coefficients(lengths, len(fj.model.rotated_layers)) if mapper else None
+            affine = mapper.coefficients(lengths, len(self.fj.model.rotated_layers)) if mapper else None
             joined = join(ctx, synthesizer, spans, 0, affine)
         join_ms = (time.perf_counter() - began) * 1e3
         yield Joined(joined, join_ms)

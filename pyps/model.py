@@ -10,6 +10,7 @@ import llama_cpp
 
 from pyps import log
 from pyps.errors import InputError, RefusedError
+from pyps.native import _native
 
 if TYPE_CHECKING:
     from pyps.adapter import Adapter
@@ -106,14 +107,20 @@ class Model:
 
     def check_joinable(self) -> None:
         """Raises RefusedError, naming the architecture, if this model's caches cannot be joined."""
+        self.check_generates()
         if self.why_not_joinable:
-            raise RefusedError(f"{self.name}: {self.why_not_joinable}. Text mode (--mode text) works with it.")
+            raise RefusedError(f"{self.why_not_joinable}. Text mode (--mode text) works with it.")
 
     def check_generates(self) -> None:
-        """Raises RefusedError for models that do not simply continue a text (encoders, encoder-decoders)."""
+        """Raises RefusedError for models that do not simply continue a text (encoders, encoder-decoders, diffusion)."""
         self.check_open()
         if llama_cpp.llama_model_has_encoder(self.pointer) or not llama_cpp.llama_model_has_decoder(self.pointer):
-            raise RefusedError(f"{self.name}: '{self.arch}' models have an encoder; pyps runs decoder-only models")
+            raise RefusedError(f"'{self.arch}' models have an encoder; pyps runs decoder-only models")
+        if not _native.is_causal(self.address):
+            raise RefusedError(
+                f"'{self.arch}' models read in both directions: they make embeddings or fill gaps, but do not continue a "
+                f"text"
+            )
 
     @functools.cached_property
     def metadata(self) -> dict[str, str]:
@@ -160,6 +167,12 @@ class Model:
     def n_ctx_train(self) -> int:
         """Positions the model was trained on."""
         return int(llama_cpp.llama_model_n_ctx_train(self.pointer))
+
+    @property
+    def long_context(self) -> int:
+        """LongRoPE (Phi 3): contexts with more cells a sequence than this encode positions in another way than smaller
+        ones, so keys cannot be moved between the two. 0 for all other models."""
+        return _native.long_context(self.address)
 
     def tokenize(self, text: str, *, start: bool = False) -> list[int]:
         """Tokens of text; special tokens in it (`<|im_end|>`) are recognised. `start`: add what the vocabulary puts

@@ -1,9 +1,9 @@
 """Which layers' keys carry their position, and whether moving them is exact: found by trying, not by a table of names.
 
-A token that is alone in its sequence attends to itself only, so wherever it stands each layer computes the same for it,
-RoPE aside. Its keys at position 0, moved by the join, must then be the keys that llama.cpp computes where they were moved
-to, in every layer; where llama.cpp's keys are the same in both places, the layer has no positions (every fourth of
-SmolLM3). Anything else (K normalised after RoPE, a position that enters elsewhere) is refused.
+A token that is alone in its sequence attends to itself only, so wherever it stands each layer computes the same for
+it, RoPE aside. Its keys at position 0, moved by the join, must then be the keys that llama.cpp computes where they were
+moved to, in every layer; where llama.cpp's keys are the same in both places, the layer has no positions (every fourth
+of SmolLM3). Anything else (K normalised after RoPE, a position that enters elsewhere) is refused.
 """
 
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ def find_rotated_layers(model: "Model") -> list[bool]:
     """
     from pyps.context import Context, Token
 
+    model.check_generates()
     if reason := _native.why_not_joinable(model.address):
         raise RefusedError(reason)
     token = (model.tokenize("The") or [0])[-1]
@@ -53,7 +54,9 @@ def find_rotated_layers(model: "Model") -> list[bool]:
                 continue
             else:
                 what = f"the keys of layer {layer} at two positions differ by more than RoPE"
-            raise RefusedError(f"caches of '{model.arch}' models cannot be joined: {what}, so they cannot be moved exactly")
+            raise RefusedError(
+                f"caches of '{model.arch}' models cannot be joined: {what}, so they cannot be moved exactly"
+            )
     return rotated
 
 

@@ -73,8 +73,8 @@ class Joined:
 
 
 class Oracle:
-    """A GGUF file (of tiny.py, or the default model) as a Transformers model; the LoRA of an adapter file is merged into
-    a second copy of the weights, which the synthesizer uses if it is to."""
+    """A GGUF file (of tiny.py, or the default model) as a Transformers model; the LoRA of an adapter file is merged
+    into a second copy of the weights, which the synthesizer uses if it is to."""
 
     def __init__(self, path: Path, adapter: Path) -> None:
         reader = gguf.GGUFReader(path)

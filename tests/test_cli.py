@@ -241,7 +241,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path) -> Path:
         ("TASK BRANCHES --model TINY --max-tokens 0", "max_tokens must be at least 1"),
         ("TASK BRANCHES --model TINY --threads 0", "threads must be between"),
         ("TASK BRANCHES --model TINY --kv-type q2_k", "'q2_k' is not supported: choose one of f16"),
-        ("TASK BRANCHES --model TINY --kv-type q8_0", "q8_0) for tiny.gguf"),
+        ("TASK BRANCHES --model TINY --kv-type q8_0", "tiny.gguf cannot have q8_0 keys"),
         ("TASK BRANCHES --model TINY --temperature -1", "temperature must be"),
         ("TASK BRANCHES --model TINY --seed -5", "seed must be"),
         ("TASK BRANCHES --model TINY --mode text --compare", "compare"),

@@ -45,7 +45,7 @@ def test_without_a_model_and_with_a_wrong_one() -> None:
     assert pyps("doctor", "nowhere.gguf").returncode == 2
 
 
-@pytest.mark.parametrize("arch", ["jamba", "deepseek2", "qwen2vl", "gpt2", "gemma"])
+@pytest.mark.parametrize("arch", ["jamba", "deepseek2", "qwen2vl", "gpt2", "hunyuan-dense", "bert", "t5"])
 def test_every_refusal_is_named(tmp_path: Path, arch: str) -> None:
     report = examine(write_model(tmp_path / "m.gguf", arch)).model
     assert report is not None

@@ -217,20 +217,29 @@ def test_from_several_threads(tiny_path: Path) -> None:
     assert all((g.branches, g.answer) == (want.branches, want.answer) for g in got)
 
 
-@pytest.mark.parametrize("kv_type", ["f32", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("kv_type", ["f32", "bf16", "q8_0", "q4_0", "q8_0/f16"])
 def test_kv_types(smollm2_path: Path, kv_type: str) -> None:
     with ForkJoin.from_pretrained(str(smollm2_path), kv_type=kv_type) as fj:
         assert fj.run(TASK, BRANCHES, sampling=GREEDY).answer
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "smollm3", "gemma3"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "qwen3moe", "smollm3", "gemma", "gemma3", "gpt-oss"])
 def test_each_architecture(tmp_path: Path, arch: str) -> None:
     with ForkJoin.from_pretrained(str(write_model(tmp_path / "m.gguf", arch))) as fj:
         result = fj.run(TASK, BRANCHES, sampling=GREEDY, compare=True)
         assert result.tokens.joined == sum(b.tokens for b in result.branches)
 
 
-@pytest.mark.parametrize("arch", ["mamba", "jamba", "deepseek2", "qwen2vl", "gpt2"])
+@pytest.mark.parametrize("max_tokens", [16, 150])  # the synthesizer needs more than 512 cells for the latter
+def test_long_rope_models_get_contexts_that_agree(tmp_path: Path, max_tokens: int) -> None:
+    path = write_model(tmp_path / "m.gguf", "phi3", long_rope=True, phi3__rope__scaling__original_context_length=512)
+    sampling = Sampling(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    with ForkJoin.from_pretrained(str(path)) as fj:
+        result = fj.run(TASK, BRANCHES, sampling=sampling, compare=True)
+        assert result.tokens.joined == max_tokens * len(BRANCHES)
+
+
+@pytest.mark.parametrize("arch", ["mamba", "jamba", "deepseek2", "qwen2vl", "gpt2", "llama4", "hunyuan-dense"])
 def test_models_that_cannot_be_joined_still_have_text_mode(tmp_path: Path, arch: str) -> None:
     with ForkJoin.from_pretrained(str(write_model(tmp_path / "m.gguf", arch))) as fj:
         with pytest.raises(RefusedError, match=f"'{arch}'"):

@@ -133,11 +133,9 @@ def test_back_and_forth_returns_within_one_rounding(pair: Pair) -> None:
         assert (np.abs(got.k - k) <= 2.1 * EPSILON[pair.kv_type] * size + 2e-6 * size.max()).all()
 
 
-YARN = {
-    "llama__rope__scaling__type": "yarn",
-    "llama__rope__scaling__factor": 4.0,
-    "llama__rope__scaling__original_context_length": 128,
-}
+def _scaling(arch: str, kind: str | None, original: int) -> dict[str, Any]:
+    start = f"{arch}__rope__scaling__"
+    return {start + "type": kind, start + "factor": 4.0, start + "original_context_length": original}
 
 
 @pytest.mark.parametrize(
@@ -146,11 +144,15 @@ YARN = {
         pytest.param("llama", {}, id="llama"),
         pytest.param("llama", {"freq_factors": True}, id="llama-3"),
         pytest.param("llama", {"llama__rope__freq_base": 500.0}, id="llama-base"),
-        pytest.param("llama", YARN, id="llama-yarn"),
+        pytest.param("llama", _scaling("llama", "yarn", 128), id="llama-yarn"),
         pytest.param("qwen2", {}, id="qwen2"),
         pytest.param("qwen3", {}, id="qwen3"),
         pytest.param("smollm3", {}, id="smollm3"),
+        pytest.param("qwen3moe", {}, id="qwen3moe"),
+        pytest.param("phi3", {"long_rope": True}, id="phi3-short"),
+        pytest.param("phi3", {"long_rope": True} | _scaling("phi3", None, 128), id="phi3-long"),
         pytest.param("gemma3", {}, id="gemma3"),
+        pytest.param("gpt-oss", _scaling("gpt-oss", "yarn", 128), id="gpt-oss"),
     ],
 )
 def test_a_moved_span_is_what_llama_cpp_computes_there(tmp_path: Path, arch: str, changes: dict[str, Any]) -> None:
@@ -555,17 +557,48 @@ def test_what_cannot_be_joined_is_refused(tmp_path: Path, tiny: Model) -> None:
         ("deepseek2", "MLA"),
         ("qwen2vl", "M-RoPE"),
         ("gpt2", "not rotary"),
-        ("gemma", "not among those that pyps is tested with"),
+        ("t5", "have an encoder"),
+        ("bert", "both directions"),
+        ("llada", "both directions"),
+        ("hunyuan-dense", "the keys of layer 0 at two positions differ by more than RoPE"),
+        ("llama4", "cut into chunks"),
     ],
 )
 def test_models_that_cannot_be_joined_are_refused_by_name(tmp_path: Path, arch: str, reason: str) -> None:
     model = Model.load(write_model(tmp_path / "m.gguf", arch))
     with pytest.raises(RefusedError, match=f"'{arch}'.*{reason}"):
         model.check_joinable()
-    with Context(model, 256, 2) as ctx:
-        fill(ctx, 0, 10)
-        with pytest.raises(RefusedError, match=f"'{arch}'"):
-            join(ctx, ctx, [Span(0, 0, 5, 0)], 1)
+    if arch in ("bert", "llada"):
+        with pytest.raises(RefusedError, match="no memory"):
+            Context(model, 256)
+    elif arch != "t5":  # which cannot decode without having read something
+        with Context(model, 256, 2) as ctx:
+            fill(ctx, 0, 10)
+            with pytest.raises(RefusedError, match=f"'{arch}'"):
+                join(ctx, ctx, [Span(0, 0, 5, 0)], 1)
+    model.close()
+
+
+@pytest.mark.parametrize(
+    ("arch", "rotated"), [("llama", "1111"), ("smollm3", "1110"), ("gemma", "1111"), ("gemma3", "1111")]
+)
+def test_which_layers_have_positions_is_found_by_trying(tmp_path: Path, arch: str, rotated: str) -> None:
+    model = Model.load(write_model(tmp_path / "m.gguf", arch))
+    assert "".join(str(int(r)) for r in model.rotated_layers) == rotated
+    model.close()
+
+
+def test_long_rope_does_not_mix(tmp_path: Path) -> None:
+    """Phi 3's keys in contexts below and above its original length are turned by different factors."""
+    path = write_model(tmp_path / "m.gguf", "phi3", long_rope=True, phi3__rope__scaling__original_context_length=512)
+    model = Model.load(path)
+    with Context(model, 512) as short, Context(model, 768, 2) as long, Context(model, 1024) as longer:
+        fill(short, 0, 20)
+        fill(long, 0, 20)
+        with pytest.raises(InputError, match="encode positions differently"):
+            join(short, long, [Span(0, 0, 20, 0)], 1)
+        assert long.end(1) == 0
+        assert join(long, longer, [Span(0, 0, 20, 0)]) == 20
     model.close()
 
 
@@ -671,12 +704,17 @@ def test_a_join_in_quantised_caches_costs_no_more_than_quantising_twice(smollm2:
 
 def test_a_quantised_type_that_a_model_cannot_have(tiny: Model) -> None:
     """Heads of 16 channels cannot be cut into blocks of 32."""
-    with pytest.raises(InputError, match=r"cannot make a context.*q8_0"):
+    with pytest.raises(InputError, match="cannot have q8_0 keys"):
         Context(tiny, 256, kv_type="q8_0", flash_attn=True)
+    with pytest.raises(InputError, match=r"cannot have q8_0 keys: its heads of 16 channels"):
+        Context(tiny, 256, kv_type="q8_0/f16")
     with pytest.raises(InputError, match="needs flash attention"):
         Context(tiny, 256, kv_type="q8_0")
-    with pytest.raises(InputError, match="choose one of f16, bf16, f32, q8_0, q4_0"):
-        Context(tiny, 256, kv_type="q2_k")
+    with pytest.raises(InputError, match="needs flash attention"):
+        Context(tiny, 256, kv_type="f16/q8_0")
+    for wrong in ("q2_k", "f16/f99", "f16/f16/f16", "/", ""):
+        with pytest.raises(InputError, match="choose one of f16, bf16, f32, q8_0, q4_0, or one for K and one for V"):
+            Context(tiny, 256, kv_type=wrong)
 
 
 def test_rounding_helper() -> None:

@@ -75,7 +75,7 @@ def _layer(arch: str, i: int, head_dim: int) -> dict[str, tuple[int, ...]]:
     """The tensors of layer i; shapes as NumPy has them (rows first)."""
     norm = {"attn_norm.weight": (N_EMBD,)}
     llama = norm | _attention(head_dim) | _feed_forward()
-    if arch in ("llama", "smollm3", "gemma", "llada"):
+    if arch in ("llama", "llama4", "smollm3", "gemma", "llada"):
         return llama
     if arch in ("qwen2", "qwen2vl"):
         return llama | _qkv_biases(head_dim)
@@ -83,9 +83,7 @@ def _layer(arch: str, i: int, head_dim: int) -> dict[str, tuple[int, ...]]:
         return llama | _qk_norms(head_dim)
     if arch == "gemma3":
         return (
-            llama
-            | _qk_norms(head_dim)
-            | {"post_attention_norm.weight": (N_EMBD,), "post_ffw_norm.weight": (N_EMBD,)}
+            llama | _qk_norms(head_dim) | {"post_attention_norm.weight": (N_EMBD,), "post_ffw_norm.weight": (N_EMBD,)}
         )
     if arch == "phi3":
         return norm | {
@@ -109,7 +107,9 @@ def _layer(arch: str, i: int, head_dim: int) -> dict[str, tuple[int, ...]]:
         )
     if arch == "bert":
         norms = {f"{name}.{kind}": (N_EMBD,) for name in _BERT_NORMS for kind in ("weight", "bias")}
-        return _attention() | _qkv_biases() | norms | {"ffn_up.weight": (N_FF, N_EMBD), "ffn_down.weight": (N_EMBD, N_FF)}
+        return (
+            _attention() | _qkv_biases() | norms | {"ffn_up.weight": (N_FF, N_EMBD), "ffn_down.weight": (N_EMBD, N_FF)}
+        )
     if arch == "mamba":
         return norm | _SSM
     if arch == "jamba":
@@ -157,9 +157,11 @@ def write_model(
     long_rope: bool = False,
     **metadata: Any,
 ) -> Path:
-    """A model of the architecture, F32 throughout. head_dim: other than HEAD_DIM for llama and gemma3 only. freq_factors: with
-    Llama 3's divisors of the RoPE frequencies. long_rope: with Phi 3's two lists of them, the longer contexts' in effect
-    above original_context_length. metadata: more keys, "." written as "__"; None leaves one out."""
+    """A model of the architecture, F32 throughout.
+
+    head_dim: other than HEAD_DIM for llama and gemma3 only. freq_factors: with Llama 3's divisors of the RoPE
+    frequencies. long_rope: with Phi 3's two lists of them, the second in effect above original_context_length.
+    metadata: more keys, "." written as "__"; None leaves one out."""
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, arch)
     tokens = [*_byte_tokens(), "<|im_start|>", "<|im_end|>", "<|endoftext|>", "Ġa"]
@@ -203,13 +205,16 @@ def write_model(
         writer.add_sliding_window(32)
     if arch == "gpt-oss":
         writer.add_sliding_window(32)
-    if arch in ("qwen3moe", "gpt-oss"):
+    if arch == "llama4":
+        writer.add_interleave_moe_layer_step(n_layers + 1)  # no layer has experts
+    if arch in ("qwen3moe", "gpt-oss", "llama4"):
         writer.add_expert_count(N_EXPERTS)
         # all of them: the choice of a few is not continuous, so rounding could make two right answers differ
         writer.add_expert_used_count(N_EXPERTS)
         writer.add_expert_feed_forward_length(N_FF)
     if arch == "bert":
         writer.add_token_type_count(1)
+        writer.add_causal_attention(False)
     if arch == "t5":
         writer.add_relative_attn_buckets_count(8)
         writer.add_decoder_start_token_id(0)
