@@ -2,6 +2,7 @@
 # make test    the same, with the test dependencies; then lint and the whole test suite
 # make lint    ruff and mypy
 # make exact   the comparison with the oracle alone; writes docs/exactness.md
+# make mutants breaks the implementation on purpose, line by line, and sees whether the tests notice
 # make soak    a thousand forks, joins and generations in one process: memory must stay where it is
 # make bench   time to first token, cache against text, and peak memory (bench/ttft.py)
 # make clean   remove .venv and build
@@ -32,7 +33,7 @@ WHEELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/pyps/wheels/$(LLAMA)-$(KEY)
 
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_FIND_LINKS="$(WHEELS) $(PIP_FIND_LINKS)" $(BIN)/python -m pip
 
-.PHONY: demo test lint exact soak bench clean
+.PHONY: demo test lint exact mutants soak bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -49,6 +50,9 @@ lint: $(VENV)/installed-test
 
 exact: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests/test_oracle.py -m "exact or not exact" --write-exactness
+
+mutants: $(VENV)/installed-test
+	PIP_FIND_LINKS="$(WHEELS) $(PIP_FIND_LINKS)" $(BIN)/python tests/mutants.py
 
 soak: $(VENV)/installed-test
 	$(BIN)/python bench/soak.py

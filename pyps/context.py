@@ -132,8 +132,7 @@ class Context:
         if type_k in _QUANTISED and model.head_dim % _BLOCK:
             # with flash attention llama.cpp says so itself, without it would abort
             raise InputError(
-                f"{model.name} cannot have {type_k} keys: its heads have {model.head_dim} channels, which is no multiple "
-                f"of {_BLOCK}"
+                f"{model.name} cannot have {type_k} keys: heads of {model.head_dim} channels, no multiple of {_BLOCK}"
             )
 
         params = llama_cpp.llama_context_default_params()

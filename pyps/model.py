@@ -118,8 +118,7 @@ class Model:
             raise RefusedError(f"'{self.arch}' models have an encoder; pyps runs decoder-only models")
         if not _native.is_causal(self.address):
             raise RefusedError(
-                f"'{self.arch}' models read in both directions: they make embeddings or fill gaps, but do not continue a "
-                f"text"
+                f"'{self.arch}' models read in both directions: they make embeddings or fill gaps, and continue no text"
             )
 
     @functools.cached_property

@@ -706,7 +706,7 @@ def test_a_quantised_type_that_a_model_cannot_have(tiny: Model) -> None:
     """Heads of 16 channels cannot be cut into blocks of 32."""
     with pytest.raises(InputError, match="cannot have q8_0 keys"):
         Context(tiny, 256, kv_type="q8_0", flash_attn=True)
-    with pytest.raises(InputError, match=r"cannot have q8_0 keys: its heads of 16 channels"):
+    with pytest.raises(InputError, match="cannot have q8_0 keys: heads of 16 channels"):
         Context(tiny, 256, kv_type="q8_0/f16")
     with pytest.raises(InputError, match="needs flash attention"):
         Context(tiny, 256, kv_type="q8_0")

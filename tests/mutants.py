@@ -1,0 +1,216 @@
+"""Breaks the implementation on purpose, one line at a time, and sees whether the tests notice: `make mutants`.
+
+A test that cannot fail shows nothing. Each mutant is a copy of the repository with one line changed, built into an
+environment of its own; the tests named with it must fail there, and pass in a copy that is left as it is. With
+arguments: only the mutants in whose names they occur.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    line: str  # what is there
+    wrong: str
+    tests: tuple[str, ...]
+
+
+ROTATION = "tests/test_join.py::test_contents_after_rotation_and_mapping"
+MOVED = "tests/test_join.py::test_a_moved_span_is_what_llama_cpp_computes_there"
+TRIED = "tests/test_join.py::test_which_layers_have_positions_is_found_by_trying"
+ORACLE = "tests/test_oracle.py"
+
+MUTANTS = [
+    Mutant(
+        "the rotation has the wrong sign",
+        "native/join.cpp",
+        "ggml_backend_tensor_set(p.shift, &p.delta, 0, sizeof(p.delta));",
+        "const llama_pos wrong = -p.delta; ggml_backend_tensor_set(p.shift, &wrong, 0, sizeof(wrong));",
+        (ROTATION, TRIED),
+    ),
+    Mutant(
+        "the Hadamard matrices are skipped",
+        "native/join.cpp",
+        "        if (!matrix) {",
+        "        if (matrix || !matrix) {",
+        ("tests/test_join.py::test_contents_of_quantised_caches", f"{ORACLE}[llama-64-q8_0-flash_attn-equal-lora]"),
+    ),
+    Mutant(
+        "V is left unmapped",
+        "native/join.cpp",
+        "        return affine ? ggml_scale_bias_inplace(ctx_, v, affine->a_v, affine->b_v) : v;",
+        "        (void) affine; return v;",
+        (ROTATION, f"{ORACLE}[llama-f32-prefix-equal-mapped-lora]"),
+    ),
+    Mutant(
+        "the mapper's layer is off by one",
+        "native/join.cpp",
+        "&affine[s * rotates.size() + from.number]",
+        "&affine[s * rotates.size() + (from.number + 1) % rotates.size()]",
+        (ROTATION, f"{ORACLE}[llama-f32-prefix-equal-mapped-lora]"),
+    ),
+    Mutant(
+        "global layers are turned by the sliding window's RoPE base",
+        "native/cache.cpp",
+        "model.get_rope_freq_base(cp, il)",
+        "model.get_rope_freq_base(cp, 0)",
+        ("tests/test_join.py::test_both_caches_of_a_sliding_window_model",),
+    ),
+    Mutant(
+        "YaRN's magnitude is applied twice",
+        "native/join.cpp",
+        "r.ext_factor == 0.0f ? 1.0f : 1.0f / (1.0f + 0.1f * logf(1.0f / r.freq_scale));",
+        "1.0f;",
+        (f"{MOVED}[llama-yarn]", f"{ORACLE}[gpt-oss-f32-prefix-equal-mapped-lora]"),
+    ),
+    Mutant(
+        "layers without positions are turned",
+        "pyps/positions.py",
+        "rotated.append(False)",
+        "rotated.append(True)",
+        (TRIED, "tests/test_join.py::test_every_layer_is_turned_by_its_own_rope"),
+    ),
+    Mutant(
+        "keys that RoPE does not explain are accepted",
+        "pyps/positions.py",
+        "elif _same(moved, k1):",
+        "elif True:",
+        ("tests/test_join.py::test_models_that_cannot_be_joined_are_refused_by_name",),
+    ),
+    Mutant(
+        "what is queued is not carried out first",
+        "native/join.cpp",
+        "    src.settle();\n    dst.settle();",
+        "",
+        (
+            "tests/test_join.py::test_a_queued_copy_does_not_overwrite_joined_cells",
+            "tests/test_interference.py::test_a_past_changes_nothing",
+        ),
+    ),
+    Mutant(
+        "what an aborted join has written stays",
+        "native/join.cpp",
+        "            job.dst.zero(job.reservation);",
+        "",
+        ("tests/test_join.py::test_an_aborted_join_leaves_the_destination_as_it_was",),
+    ),
+    Mutant(
+        "contexts with other RoPE settings are accepted",
+        "native/join.cpp",
+        "if (!(from[i].rope == to[i].rope)) {",
+        "if (false) {",
+        (
+            "tests/test_join.py::test_long_rope_does_not_mix",
+            "tests/test_join.py::test_contexts_that_encode_positions_differently_are_refused",
+        ),
+    ),
+    Mutant(
+        "cells are taken in the order of the cache, not of positions",
+        "native/join.cpp",
+        "            p.src.push_back(c.index);",
+        "            p.src.insert(std::upper_bound(p.src.begin(), p.src.end(), c.index), c.index);",
+        ("tests/test_join.py::test_any_joins_do_what_the_model_says",),
+    ),
+]
+
+
+def build(folder: Path, mutant: Mutant | None) -> Path:
+    """A copy of the repository, changed, built and installed; returns its Python."""
+    copy = folder / "copy"
+    for name in subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    if mutant:
+        path = copy / mutant.file
+        text = path.read_text()
+        assert text.count(mutant.line) == 1, f"{mutant.file} does not have this once: {mutant.line}"
+        path.write_text(text.replace(mutant.line, mutant.wrong))
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
+    python = folder / "venv" / "bin" / "python"
+    # everything but pyps comes from here; a path in a .pth file does not bring our editable pyps along
+    ours = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    Path(ours, "parent.pth").write_text(sysconfig.get_path("purelib"))
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--ignore-installed",
+        copy,
+    ]
+    subprocess.run(pip, check=True)
+    shutil.rmtree(copy / "pyps")  # or tests would import these sources, not what was built from them
+    return python
+
+
+def failures(python: Path, copy: Path, tests: tuple[str, ...]) -> list[str]:
+    """Which of the tests fail. "file.py[case]" is a case of the file's only test."""
+    found = []
+    for test in tests:
+        words = [test]
+        if "[" in test and "::" not in test:
+            file, case = test.removesuffix("]").split("[")
+            words = [file, "-m", "exact or not exact", "-k", f"[{case}]"]
+        done = subprocess.run(
+            [python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *words],
+            cwd=copy,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        )
+        # 1: tests have failed. Negative: the process died, which is noticed, too. Others: pytest could not run them
+        if done.returncode == 1 or done.returncode < 0:
+            found.append(test)
+        elif done.returncode:
+            raise SystemExit(f"{test} could not be run:\n{done.stdout}{done.stderr}")
+    return found
+
+
+def main() -> None:
+    survived = []
+    chosen = [m for m in MUTANTS if all(word in m.name for word in sys.argv[1:])]
+    for mutant in [None, *chosen]:
+        tests = mutant.tests if mutant else tuple(dict.fromkeys(t for m in chosen for t in m.tests))
+        with tempfile.TemporaryDirectory() as folder:
+            python = build(Path(folder), mutant)
+            failed = failures(python, Path(folder) / "copy", tests)
+        if mutant is None:
+            if failed:
+                raise SystemExit(f"fail without a mutant: {', '.join(failed)}")
+            print(f"{len(tests)} tests pass on the code as it is", flush=True)
+            continue
+        print(
+            f"{mutant.name}\n" + "\n".join(f"  {'caught by' if t in failed else 'NOT BY'} {t}" for t in tests),
+            flush=True,
+        )
+        if set(tests) - set(failed):
+            survived.append(mutant.name)
+    if survived:
+        raise SystemExit(f"not noticed: {'; '.join(survived)}")
+    print(f"{len(chosen)} mutants, all noticed")
+
+
+if __name__ == "__main__":
+    main()
