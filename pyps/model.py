@@ -11,6 +11,7 @@ import llama_cpp
 from pyps import log
 from pyps.errors import InputError, RefusedError
 from pyps.native import _native
+from pyps.trial import try_to_load
 
 if TYPE_CHECKING:
     from pyps.adapter import Adapter
@@ -45,6 +46,7 @@ class Model:
         """Load a GGUF file. Raises InputError if it is missing, damaged or not a model llama.cpp knows."""
         path = Path(path)
         check_gguf(path, "model")
+        try_to_load(path)
         _start_backend()
         params = llama_cpp.llama_model_default_params()
         with log.captured():

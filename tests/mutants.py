@@ -147,7 +147,9 @@ def build(folder: Path, mutant: Mutant | None) -> Path:
         text=True,
         check=True,
     ).stdout.strip()
-    Path(ours, "parent.pth").write_text(sysconfig.get_path("purelib"))
+    parent = sysconfig.get_path("purelib")
+    Path(ours, "parent.pth").write_text(parent)
+    Path(ours, "llama_cpp").symlink_to(Path(parent, "llama_cpp"))  # beside pyps, as its libraries expect
     pip = [
         sys.executable,
         "-m",

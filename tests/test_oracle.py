@@ -2,8 +2,8 @@
 mapper and LoRA.
 
 How far the two may be apart is not chosen but measured: the same model with the same kind of cache reads as many tokens
-without any join, and a join may be about twice as far from the oracle as that. `make exact` runs the same, and writes
-the distances to docs/exactness.md.
+without any join, and a join may be about twice as far from the oracle as that. `make test` runs a quarter of the
+combinations; `make exact` runs all, and writes the distances to docs/exactness.md.
 """
 
 import functools
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 from caches import kl
@@ -23,7 +24,7 @@ from pyps.adapter import Adapter
 from pyps.context import Context, Span, Token, join, needs_flash_attn
 from pyps.mapper import Mapper
 from pyps.model import Model
-from pyps.models import find_model
+from pyps.models import find_model, requantise
 
 _README = Path(__file__).parent.parent / "README.md"
 
@@ -68,7 +69,17 @@ KV_TYPES = {
     "q8_0/f16": ("llama-64", "gemma3-64"),
     "f16/q4_0": ("llama-64", "gemma3-64"),
 }
+_FIRST = (("f32", False), ("f16", False), ("q8_0", True))  # of the real model, in `make test`
 FLOOR = 1e-5  # float32 angles and sums: the part of the error that no cache type explains
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Between the logits [tokens, vocab] of two computations: root mean square and largest difference, and mean KL."""
+
+    rms: float
+    worst: float
+    kl: float
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ def all_cases() -> Iterator[Any]:
         for flags in itertools.product((False, True), repeat=5):
             case = Case("smollm2", kv_type, flash_attn, *flags)
             if case.representative:  # a real model takes its time
-                first = case.prefix and case.mapped and case.lora
+                first = case.prefix and case.mapped and case.lora and (kv_type, flash_attn) in _FIRST
                 yield pytest.param(case, id=str(case), marks=[] if first else pytest.mark.exact)
 
 
@@ -112,7 +123,9 @@ class Twin:
     def __init__(self, name: str, folder: Path) -> None:
         adapter = folder / f"{name}-lora.gguf"
         if name == "smollm2":
-            path = find_model(name)
+            # its weights as they are, but in F32: Q8_0 kernels round activations to 8 bits, which hides everything else
+            path = folder / "smollm2-F32.gguf"
+            requantise(find_model(name), path, llama_cpp.LLAMA_FTYPE_ALL_F32)
             write_adapter(adapter, n_layers=30, n_embd=576, n_head=9, n_head_kv=3, head_dim=64, scale=0.02)
         else:
             options = dict(MODELS[name])
@@ -122,7 +135,8 @@ class Twin:
         self.model = Model.load(path)
         self.adapter = Adapter(adapter, self.model)
         self.oracle = Oracle(path, adapter)
-        self.mapper = Mapper.from_metadata(mapper_metadata(4))
+        # a real model gets a mapper that moves K and V by a few percent, as a trained one does
+        self.mapper = Mapper.from_metadata(mapper_metadata(4, scale=0.02 if name == "smollm2" else 0.1))
         # a real model is given text, not noise
         self._text = self.model.tokenize(_README.read_text()) if name == "smollm2" else None
 
@@ -132,23 +146,25 @@ class Twin:
         return [int(t) for t in np.random.default_rng(seed).integers(0, 250, n)]
 
     @functools.cache  # noqa: B019  # lives as long as the test session
-    def error_without_join(self, kv_type: str, flash_attn: bool, lora: bool) -> tuple[float, float]:
-        """(worst logit error, worst KL) of some sequences, read in batches of the same sizes as in `run`."""
-        found = []
-        for seed in range(3 if self._text else 8):
-            tokens = self.tokens(95, seed=90 + seed)
-            want = self.oracle.plain(tokens, lora)
-            adapter = self.adapter if lora else None
-            with Context(self.model, 256, kv_type=kv_type, flash_attn=flash_attn, n_logits=64, adapter=adapter) as ctx:
-                logits = []
-                for size in [1] * 66 + [9] + [1] * 20:
-                    start = ctx.end(0)
-                    ctx.decode(
-                        [Token(t, start + i, 0, logits=True) for i, t in enumerate(tokens[start : start + size])]
-                    )
-                    logits += [ctx.logits(i) for i in range(size)]
-            found.append(worst(np.stack(logits)[66:], want[66:]))
-        return max(error for error, _ in found), max(divergence for _, divergence in found)
+    def error_without_join(self, kv_type: str, flash_attn: bool, lora: bool) -> Distance:
+        """The worst of eight sequences, read in batches as small as in `run`: with flash attention
+        llama.cpp computes batches of 64 and more in another way."""
+        n, sizes = 8, [1] * 66 + [9] + [1] * 20
+        sequences = [self.tokens(sum(sizes), seed=90 + seed) for seed in range(n)]
+        got: list[list[np.ndarray]] = [[] for _ in range(n)]
+        adapter = self.adapter if lora else None
+        with Context(self.model, 256, n, kv_type=kv_type, flash_attn=flash_attn, n_logits=64, adapter=adapter) as ctx:
+            start = 0
+            for size in sizes:
+                for seqs in [range(n)] if size == 1 else [[seq] for seq in range(n)]:
+                    batch = [(seq, start + i) for seq in seqs for i in range(size)]
+                    ctx.decode([Token(sequences[seq][pos], pos, seq, logits=True) for seq, pos in batch])
+                    for i, (seq, pos) in enumerate(batch):
+                        if pos >= 66:
+                            got[seq].append(ctx.logits(i))
+                start += size
+        found = [distance(np.stack(g), self.oracle.plain(t, lora)[66:]) for g, t in zip(got, sequences, strict=True)]
+        return Distance(max(d.rms for d in found), max(d.worst for d in found), max(d.kl for d in found))
 
     @functools.cache  # noqa: B019
     def reference(self, prefix: bool, equal: bool, mapped: bool, lora: bool, more: tuple[int, ...]) -> np.ndarray:
@@ -182,8 +198,12 @@ class Job:
         return start, start + len(output)
 
 
-def worst(got: np.ndarray, want: np.ndarray) -> tuple[float, float]:
-    return float(np.abs(got - want).max()), max(kl(w, g) for w, g in zip(want, got, strict=True))
+def distance(got: np.ndarray, want: np.ndarray) -> Distance:
+    return Distance(
+        rms=float(np.sqrt(np.mean((got - want) ** 2))),
+        worst=float(np.abs(got - want).max()),
+        kl=float(np.mean([kl(w, g) for w, g in zip(want, got, strict=True)])),
+    )
 
 
 def run(twin: Twin, case: Case) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -225,16 +245,16 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Twin]:
 
 @pytest.mark.parametrize("case", list(all_cases()))
 def test_the_runtime_computes_what_the_oracle_computes(
-    twins: Callable[[str], Twin], case: Case, exactness: list[tuple[Case, float, float, float, float]]
+    twins: Callable[[str], Twin], case: Case, exactness: list[tuple[Case, Distance, Distance]]
 ) -> None:
     twin = twins(case.model)
     got, chosen = run(twin, case)
     want = twin.reference(case.prefix, case.equal, case.mapped, case.lora, chosen)
-    error, divergence = worst(got, want)
-    plain_error, plain_divergence = twin.error_without_join(case.kv_type, case.flash_attn, case.lora)
-    exactness.append((case, error, plain_error, divergence, plain_divergence))
-    assert error <= 2 * plain_error + FLOOR
-    assert divergence <= 4 * plain_divergence + FLOOR**2  # KL goes with the square of the error
+    found, plain = distance(got, want), twin.error_without_join(case.kv_type, case.flash_attn, case.lora)
+    exactness.append((case, found, plain))
+    assert found.rms <= 2 * plain.rms + FLOOR
+    assert found.worst <= 4 * plain.worst + FLOOR  # one value's luck
+    assert found.kl <= 4 * plain.kl + FLOOR**2  # which goes with the square of the error
     # each greedy token is the oracle's, or as good as it within the error
     margin = want[len(want) - 21 : -1].max(axis=1) - want[range(len(want) - 21, len(want) - 1), chosen]
-    assert (margin <= 2 * error).all()
+    assert (margin <= 2 * found.worst).all()

@@ -278,11 +278,15 @@ def write_model(
 
 
 def mapper_metadata(
-    seed: int | None = None, features: tuple[str, ...] = ("length", "num_agents", "layer"), hidden: int = 32
+    seed: int | None = None,
+    features: tuple[str, ...] = ("length", "num_agents", "layer"),
+    hidden: int = 32,
+    scale: float = 0.1,
 ) -> dict[str, Any]:
-    """pyps.mapper.* keys: random, or untrained (w2 = b2 = 0) if no seed is given."""
+    """pyps.mapper.* keys: random, or untrained (w2 = b2 = 0) if no seed is given. scale: of the last layer; more would
+    saturate tanh, and all layers and branches would get the same."""
     rng = np.random.default_rng(seed or 0)
-    last = 0.0 if seed is None else 0.1  # small enough not to saturate tanh: layers and branches must differ
+    last = 0.0 if seed is None else scale
 
     def values(*shape: int) -> list[float]:
         return [float(x) for x in rng.standard_normal(shape).astype(np.float32).ravel()]
