@@ -1,5 +1,5 @@
 // A program of its own that does with a model file what pyps is about to do: llama.cpp aborts the process on some damaged
-// files, and here it may. Exit code 0: the file can be loaded, or llama.cpp refuses it properly. Reads no weights.
+// files, and here it may. Exit code 0: a token can be computed, or llama.cpp refuses the file properly.
 #include "llama.h"
 
 int main(int argc, char ** argv) {
@@ -8,15 +8,21 @@ int main(int argc, char ** argv) {
     }
     llama_backend_init();
     llama_model_params mp = llama_model_default_params();
-    mp.n_gpu_layers       = 0;
-    mp.use_extra_bufts    = false;  // repacking for this CPU would read all weights
+    mp.n_gpu_layers       = 0;      // its memory is not for a trial
+    mp.use_extra_bufts    = false;  // no copy of the weights, repacked for this CPU
     llama_model * model   = llama_model_load_from_file(argv[1], mp);
     if (!model) {
         return 0;
     }
     llama_context_params cp = llama_context_default_params();
     cp.n_ctx                = 256;
-    llama_free(llama_init_from_model(model, cp));  // builds the graph, computes nothing
+    llama_context * ctx     = llama_init_from_model(model, cp);
+    // encoders need more than a token, and pyps does not run them
+    if (ctx && llama_get_memory(ctx) && !llama_model_has_encoder(model)) {
+        llama_token token = 0;
+        llama_decode(ctx, llama_batch_get_one(&token, 1));
+    }
+    llama_free(ctx);
     llama_model_free(model);
     return 0;
 }

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -16,8 +17,7 @@ _SMALL = 2**24  # bytes: a trial of less takes 10 ms, which is not worth remembe
 
 
 def try_to_load(path: Path) -> None:
-    """Raises InputError if llama.cpp would abort on this file. Reads no weights: a tenth of a second for a vocabulary
-    of 50,000, whatever the model's size, and only the first time that a file is seen."""
+    """Raises InputError if llama.cpp would abort on this file. Computes a token, the first time that a file is seen."""
     stat = path.stat()
     seen = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {llama_cpp.__version__}"
     mark = cache_dir() / "tried" / hashlib.sha256(seen.encode()).hexdigest()[:32]
@@ -27,9 +27,9 @@ def try_to_load(path: Path) -> None:
     quiet = {"CUDA_VISIBLE_DEVICES": "", "GGML_NO_BACKTRACE": "1"}
     done = subprocess.run([_PROGRAM, path], capture_output=True, text=True, errors="replace", env=os.environ | quiet)
     if done.returncode:
-        last = next((line for line in done.stderr.splitlines() if "GGML_ASSERT" in line or "what():" in line), "")
+        words = re.search(r"GGML_ASSERT.*|what\(\): .*", done.stderr)
         raise InputError(
-            f"{path}: the file is damaged: llama.cpp breaks off while loading it ({last.strip() or done.returncode})"
+            f"{path}: the file is damaged: llama.cpp breaks off with it ({words[0] if words else done.returncode})"
         )
     if stat.st_size > _SMALL:
         try:

@@ -7,7 +7,7 @@ import llama_cpp
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import write_adapter
+from tiny import write_adapter, write_model
 
 from pyps import ForkJoin
 from pyps.adapter import Adapter
@@ -115,3 +115,25 @@ def test_contexts_that_cannot_be(tiny: Model) -> None:
             ctx.logits(3)
         with pytest.raises(InputError, match="does not exist"):
             ctx.copy(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("arch", "key", "value", "words"),
+    [
+        ("gemma3", "gemma3__rope__dimension_count", 48, "n_dims <= ne0"),  # more than a head has: found when computing
+        ("qwen3moe", "qwen3moe__expert_used_count", 9, "n_expert_used"),  # more than there are: found when loading
+    ],
+)
+def test_files_on_which_llama_cpp_aborts(tmp_path: Path, arch: str, key: str, value: int, words: str) -> None:
+    path = write_model(tmp_path / "m.gguf", arch, **{key: value})
+    with pytest.raises(InputError, match=f"m.gguf: the file is damaged: .*{words}"):
+        Model.load(path)
+
+
+def test_a_good_file_is_tried_once(smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYPS_CACHE", str(tmp_path))
+    for _ in range(2):
+        Model.load(smollm2_path).close()
+    assert len(list((tmp_path / "tried").iterdir())) == 1
+    monkeypatch.setattr("pyps.trial._PROGRAM", tmp_path / "missing")
+    Model.load(smollm2_path).close()
