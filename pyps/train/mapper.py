@@ -1,0 +1,67 @@
+"""The cache mapper with gradients; pyps/mapper.py is the same one for the runtime, in NumPy."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from pyps.mapper import FEATURES, Mapper
+
+_RANGE = 0.1  # a coefficient moves at most this far from the identity
+
+
+class CacheMapper(nn.Module):
+    """Four scalars per span and layer from a small MLP (METHOD, section 2; arXiv 2606.14672). Untrained: the identity.
+
+    Args:
+        features: the inputs used, a subset of pyps.mapper.FEATURES in their order.
+        hidden: width of the MLP.
+    """
+
+    def __init__(self, features: Sequence[str] = FEATURES, hidden: int = 32) -> None:
+        super().__init__()
+        self.features = tuple(features)
+        self.inner = nn.Linear(len(self.features), hidden)
+        self.outer = nn.Linear(hidden, 4)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, lengths: torch.Tensor, n_branches: torch.Tensor, n_layers: int) -> torch.Tensor:
+        """Coefficients (a_k, b_k, a_v, b_v), float32 [spans, layers, 4].
+
+        lengths, n_branches: [spans], the tokens of each span and how many are joined with it, itself included.
+        """
+        shape = (len(lengths), n_layers)
+        layer = torch.arange(n_layers, dtype=torch.float32) / max(n_layers - 1, 1)
+        inputs = {
+            "length": lengths.float().clamp(min=1).log1p()[:, None].expand(shape),
+            "num_agents": n_branches.float().clamp(min=1).log1p()[:, None].expand(shape),
+            "layer": layer[None, :].expand(shape),
+        }
+        x = torch.stack([inputs[f] for f in self.features], dim=-1) if self.features else torch.zeros(*shape, 0)
+        raw = self.outer(nn.functional.silu(self.inner(x)))
+        return _RANGE * torch.tanh(raw) + torch.tensor([1.0, 0.0, 1.0, 0.0])
+
+    def to_runtime(self) -> Mapper:
+        """The same mapper for the runtime."""
+
+        def values(tensor: torch.Tensor) -> np.ndarray:
+            return tensor.detach().float().cpu().numpy().copy()
+
+        inner, outer = self.inner, self.outer
+        return Mapper(self.features, *map(values, (inner.weight, inner.bias, outer.weight, outer.bias)))
+
+    @classmethod
+    def from_runtime(cls, mapper: Mapper) -> "CacheMapper":
+        """A trainable copy of a runtime's mapper."""
+        new = cls(mapper.features, len(mapper.b1))
+        with torch.no_grad():
+            for parameter, values in (
+                (new.inner.weight, mapper.w1),
+                (new.inner.bias, mapper.b1),
+                (new.outer.weight, mapper.w2),
+                (new.outer.bias, mapper.b2),
+            ):
+                parameter.copy_(torch.from_numpy(values))
+        return new
