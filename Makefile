@@ -82,5 +82,5 @@ $(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard native/*) | $(WHEELS
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(PIP) install --quiet --editable ".[test,oracle]"
+	$(PIP) install --quiet --editable ".[test,train,data]"
 	touch $@

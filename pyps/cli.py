@@ -210,6 +210,27 @@ def doctor(model: str | None, as_json: bool) -> None:
     click.echo(found.to_json() if as_json else found.to_text())
 
 
+@main.command(cls=_Command)
+@click.argument("config", type=click.Path(path_type=Path))
+def train(config: Path) -> None:
+    """Train an adapter as CONFIG, a YAML file, says (needs pyps[train]).
+
+    Writes adapter.gguf into the folder that CONFIG names. Interrupted or not, the same command goes on where it was.
+    """
+    try:
+        from pyps.train.config import read_config
+        from pyps.train.trainer import ADAPTER, Trainer
+    except ImportError as error:
+        raise InputError(f"training needs more packages ({error}): pip install 'pyps[train]'") from None
+    trainer = Trainer(read_config(config), report=lambda line: click.echo(line, err=True))
+    with _Interrupt() as interrupt:
+        trainer.run(lambda: interrupt.asked)
+    if interrupt.asked:
+        click.echo(f"pyps: stopped after step {trainer.step}; the same command goes on from there", err=True)
+        sys.exit(130)
+    click.echo(trainer.config.output / ADAPTER)
+
+
 def _show(events: Iterator[Event], branches: list[Branch], as_json: bool, notes: Console) -> None:
     """Everything that goes to standard output."""
     console = Console()

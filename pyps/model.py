@@ -203,6 +203,12 @@ class Model:
         """True for tokens that end a generation (end of turn, end of text)."""
         return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
 
+    @property
+    def end_of_turn(self) -> int:
+        """The token with which the model ends its answers."""
+        eot = int(llama_cpp.llama_vocab_eot(self.vocab))
+        return eot if eot >= 0 else int(llama_cpp.llama_vocab_eos(self.vocab))
+
     def _bos_text(self) -> str:
         bos = llama_cpp.llama_vocab_bos(self.vocab)
         return "" if bos < 0 else self.piece(bos, special=True).decode("utf-8", "replace")

@@ -1,0 +1,269 @@
+"""The training loop: mapper and LoRA on a frozen base, resumable at every checkpoint (METHOD, section 4)."""
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import peft
+import torch
+import transformers
+import yaml
+from torch.nn.functional import cross_entropy
+
+from pyps.convert.lora import Lora, Shape, write_adapter
+from pyps.errors import InputError
+from pyps.model import Model
+from pyps.models import find_model
+from pyps.train.config import TrainConfig
+from pyps.train.data import Example, read_examples, tokenize
+from pyps.train.mapper import CacheMapper
+from pyps.train.synthesis import Synthesis, TokenExample
+
+ADAPTER, CHECKPOINT, LOG = "adapter.gguf", "checkpoint.pt", "log.jsonl"
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Means over examples of means over an answer's tokens.
+
+    Attributes:
+        kl: from the text synthesizer's next-token distribution, in nats; kl_first: of the first token.
+        ce: cross-entropy of the target, in nats.
+        agreement: how often the most likely token is the text synthesizer's.
+    """
+
+    kl: float
+    kl_first: float
+    ce: float
+    agreement: float
+
+
+class Trainer:
+    """One training run, on the CPU, in config.output: adapter.gguf, checkpoint.pt, log.jsonl and config.yaml.
+
+    If there is a checkpoint in it, it goes on from there as if it had not been interrupted.
+
+    Args:
+        report: called with a line about every step or measurement.
+
+    Raises:
+        InputError: the base, the data or the output folder cannot be used, or the folder is another run's.
+    """
+
+    def __init__(self, config: TrainConfig, report: Callable[[str], None] = print) -> None:
+        self.config = config
+        self._report = report
+        self._accelerator = accelerate.Accelerator(cpu=True)
+        _check_output(config)
+        path = find_model(config.base)
+        model = Model.load(path)
+        try:
+            self._name = model.metadata.get("general.name", "")
+            self._examples = self._tokenize(model, read_examples(config.data))
+            self._held_out = self._tokenize(model, read_examples(config.held_out)) if config.held_out else []
+            arch = model.arch
+        finally:
+            model.close()
+        self.synthesis, self._shape = _build(config, path, arch)
+        lora = [p for n, p in self.synthesis.model.named_parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": lora, "lr": config.lr_lora},
+                {"params": list(self.synthesis.mapper.parameters()), "lr": config.lr_mapper},
+            ],
+            weight_decay=0.0,
+        )
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._rate)
+        self.step = 0
+        self._resume()
+        self._module = self._accelerator.prepare(self.synthesis)
+
+    def _tokenize(self, model: Model, examples: list[Example]) -> list[TokenExample]:
+        self._report(f"laying out {len(examples):,} examples")
+        return list(tokenize(model, self.config.layout, examples))
+
+    def _rate(self, step: int) -> float:
+        """Share of the peak learning rate: up in `warmup` steps, then down to a tenth along a cosine."""
+        if step < self.config.warmup:
+            return (step + 1) / self.config.warmup
+        done = (step - self.config.warmup) / max(self.config.steps - self.config.warmup, 1)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * min(done, 1)))
+
+    def run(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Train to the end, or until `stopped`, asked after every step, says so: the state is saved first."""
+        if self.step == 0:
+            self._measure()
+        began, first = time.perf_counter(), self.step
+        tokens = 0
+        while self.step < self.config.steps:
+            batch = self._batch(self.step)
+            tokens += sum(map(len, batch))
+            measures = self._train(batch)
+            self.step += 1
+            took = time.perf_counter() - began
+            left = took / (self.step - first) * (self.config.steps - self.step)
+            self._log({"step": self.step, **asdict(measures)})
+            self._report(
+                f"step {self.step}/{self.config.steps}  kl {measures.kl:.3f}  ce {measures.ce:.3f}  "
+                f"{tokens / took:,.0f} tokens/s  {left / 60:.0f} min left"
+            )
+            if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+                self._measure()
+                self.save()
+            elif stopped():
+                self.save()
+            if stopped():
+                return
+
+    def _batch(self, step: int) -> list[TokenExample]:
+        """This process's share of the step's examples: from a new shuffle each time the data have been gone through."""
+        size, n, rank = self.config.batch_size, self._accelerator.num_processes, self._accelerator.process_index
+        chosen = []
+        for i in range(step * size, (step + 1) * size)[rank::n]:
+            epoch, at = divmod(i, len(self._examples))
+            order = list(range(len(self._examples)))
+            random.Random(f"{self.config.seed} {epoch}").shuffle(order)
+            chosen.append(self._examples[order[at]])
+        return chosen
+
+    def _train(self, batch: Sequence[TokenExample]) -> Measures:
+        self._optimizer.zero_grad()
+        kl, ce, measures = _losses(*self._module(batch))
+        self._accelerator.backward(self.config.kl * kl.mean() + self.config.ce * ce.mean())
+        self._accelerator.clip_grad_norm_([p for p in self.synthesis.parameters() if p.requires_grad], 1.0)
+        self._optimizer.step()
+        self._schedule.step()
+        return measures
+
+    @torch.no_grad()
+    def _measure(self) -> None:
+        """On the held-out examples."""
+        if not self._held_out:
+            return
+        found = []
+        for start in range(0, len(self._held_out), self.config.batch_size):
+            batch = self._held_out[start : start + self.config.batch_size]
+            found += [asdict(_losses(*self.synthesis(batch))[2])] * len(batch)
+        mean = Measures(**{name: float(np.mean([f[name] for f in found])) for name in found[0]})
+        self._log({"step": self.step, "held_out": asdict(mean)})
+        self._report(
+            f"held out after {self.step} steps: kl {mean.kl:.3f} (first token {mean.kl_first:.3f}), ce {mean.ce:.3f}, "
+            f"agreement {mean.agreement:.0%}"
+        )
+
+    def _log(self, values: dict[str, Any]) -> None:
+        if self._accelerator.is_main_process:
+            with (self.config.output / LOG).open("a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def save(self) -> None:
+        """A checkpoint, and the adapter as it is now: each whole or not at all."""
+        if not self._accelerator.is_main_process:
+            return
+        output = self.config.output
+        state = {
+            "step": self.step,
+            "trained": {n: p.data for n, p in self.synthesis.named_parameters() if p.requires_grad},
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+        }
+        partial = output / f"{CHECKPOINT}.part"
+        torch.save(state, partial)
+        partial.replace(output / CHECKPOINT)
+        write_adapter(
+            output / ADAPTER,
+            self._shape,
+            extract_lora(self.synthesis.model),
+            float(self.config.lora.alpha),
+            self.synthesis.mapper.to_runtime(),
+            layout=self.config.layout,
+            base_name=self._name,
+        )
+
+    def _resume(self) -> None:
+        path = self.config.output / CHECKPOINT
+        if not path.exists():
+            return
+        state = torch.load(path, weights_only=True)
+        trained = {n: p for n, p in self.synthesis.named_parameters() if p.requires_grad}
+        for name, values in state["trained"].items():
+            trained[name].data.copy_(values)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self.step = state["step"]
+        self._report(f"going on after step {self.step}")
+
+
+def _losses(
+    student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, example: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, Measures]:
+    """KL and cross-entropy of each example, [examples]; and what to report."""
+    p, q = teacher.log_softmax(-1), student.log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    ce = cross_entropy(student, targets, reduction="none")
+    n = int(example.max()) + 1
+    counts = torch.bincount(example, minlength=n)
+
+    def each(values: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(n).index_add(0, example, values) / counts
+
+    first = torch.cat([torch.tensor([True]), example[1:] != example[:-1]])
+    agreement = each((student.argmax(-1) == teacher.argmax(-1)).float())
+    kl, ce, kl_first = each(kl), each(ce), kl[first]
+    return kl, ce, Measures(*(float(x.detach().mean()) for x in (kl, kl_first, ce, agreement)))
+
+
+def _check_output(config: TrainConfig) -> None:
+    """Saves the config, or finds that the folder is another run's."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    path = config.output / "config.yaml"
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.read_text() != text:
+            raise InputError(f"{config.output} holds a run with another config: choose another output, or remove it")
+        path.write_text(text)
+    except OSError as error:
+        raise InputError(f"{config.output}: cannot be written to: {error}") from None
+
+
+def _build(config: TrainConfig, path: Path, arch: str) -> tuple[Synthesis, Shape]:
+    torch.manual_seed(config.seed)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        dtype=getattr(torch, config.dtype),
+        quantization_config=transformers.GgufConfig(dequantize=True),
+    )
+    lora = peft.LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        target_modules=config.lora.targets,
+        task_type="CAUSAL_LM",
+    )
+    text = base.config.get_text_config()
+    shape = Shape(arch, text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads)
+    shape.check()
+    try:
+        model = peft.get_peft_model(base, lora)
+    except ValueError as error:
+        raise InputError(f"lora.targets: {error}") from None
+    return Synthesis(model, CacheMapper(config.mapper.features, config.mapper.hidden)), shape
+
+
+def extract_lora(model: Any) -> Lora:
+    """The matrices of a peft.PeftModel by module name, float32."""
+
+    def values(linear: torch.nn.Linear) -> np.ndarray:
+        return linear.weight.detach().float().cpu().numpy()
+
+    modules = model.get_base_model().named_modules()
+    return {n: (values(m.lora_A["default"]), values(m.lora_B["default"])) for n, m in modules if hasattr(m, "lora_A")}
