@@ -20,9 +20,9 @@ struct Affine {
 };
 
 // Places the spans in sequence dst_seq of dst, in the order given; src and dst are contexts of one model, or the same
-// context. `rotates` says for each layer whether its keys carry their position (SmolLM3's every fourth does not); `affine`
-// is [n_spans][n_layers], or null for the identity. All or nothing: on any exception dst is as it
-// was. Returns the number of cells placed.
+// context. `rotates` says for each layer whether its keys carry their position (SmolLM3's every fourth does not);
+// `affine` is [n_spans][n_layers], or null for the identity. All or nothing: on any exception dst is as it was. Returns
+// the number of cells placed.
 //
 // Throws InputError (what was asked for cannot be), Refusal (the model's cache cannot be joined) and
 // std::runtime_error (the computation failed or was aborted).

@@ -131,7 +131,8 @@ NB_MODULE(_native, m) {
 
     m.def("join", &join_spans, "src"_a, "dst"_a, "spans"_a, "dst_seq"_a, "rotates"_a, "affine"_a = nb::none(),
           "Place spans (seq, p0, p1, to) of context src in sequence dst_seq of context dst; returns the cells placed. "
-          "rotates [layers]: whether RoPE turns a layer's keys. affine: float32 [spans, layers, 4] (a_k, b_k, a_v, b_v), None for the identity. All or nothing.");
+          "rotates [layers]: whether RoPE turns a layer's keys. affine: float32 [spans, layers, 4] (a_k, b_k, a_v, b_v), "
+          "None for the identity. All or nothing.");
     m.def(
         "why_not_joinable",
         [](uintptr_t model) { return pyps::why_not_joinable(reinterpret_cast<const llama_model *>(model)); }, "model"_a,

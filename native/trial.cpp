@@ -2,6 +2,9 @@
 // files, and here it may. Exit code 0: a token can be computed, or llama.cpp refuses the file properly.
 #include "llama.h"
 
+#include <algorithm>
+#include <thread>
+
 int main(int argc, char ** argv) {
     if (argc != 2) {
         return 2;
@@ -16,6 +19,7 @@ int main(int argc, char ** argv) {
     }
     llama_context_params cp = llama_context_default_params();
     cp.n_ctx                = 256;
+    cp.n_threads            = std::max(1u, std::thread::hardware_concurrency() / 2);
     llama_context * ctx     = llama_init_from_model(model, cp);
     // encoders need more than a token, and pyps does not run them
     if (ctx && llama_get_memory(ctx) && !llama_model_has_encoder(model)) {
