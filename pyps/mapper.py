@@ -11,7 +11,7 @@ from pyps.errors import InputError
 
 FEATURES = ("length", "num_agents", "layer")  # the inputs, in this order; an adapter may use a subset
 
-_RANGE = np.float32(0.1)  # a coefficient moves at most this far from the identity
+RANGE = np.float32(0.1)  # a coefficient moves at most this far from the identity
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Mapper:
         )
         hidden = x @ self.w1.T + self.b1
         hidden = hidden / (1 + np.exp(-hidden))
-        moved = _RANGE * np.tanh(hidden @ self.w2.T + self.b2)  # [spans, layers, 4]
+        moved = RANGE * np.tanh(hidden @ self.w2.T + self.b2)  # [spans, layers, 4]
         if not moved.any():
             return None
         return np.ascontiguousarray(moved + np.array([1, 0, 1, 0], np.float32), dtype=np.float32)

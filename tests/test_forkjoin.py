@@ -1,8 +1,8 @@
 """ForkJoin on the default model: both modes, both layouts, and what is refused before any work."""
 
 import string
-import threading
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,16 +203,9 @@ def test_from_several_threads(tiny_path: Path) -> None:
     with ForkJoin.from_pretrained(str(tiny_path), threads=1) as fj:
         sampling = Sampling(seed=1, max_tokens=30)
         want = fj.run(TASK, BRANCHES, sampling=sampling)
-        got: list[Result] = []
-
-        def work() -> None:
-            got.append(fj.run(TASK, BRANCHES, sampling=sampling))
-
-        workers = [threading.Thread(target=work) for _ in range(4)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        with ThreadPoolExecutor() as pool:
+            workers = [pool.submit(fj.run, TASK, BRANCHES, sampling=sampling) for _ in range(4)]
+        got = [worker.result() for worker in workers]
     assert len(got) == 4
     assert all((g.branches, g.answer) == (want.branches, want.answer) for g in got)
 

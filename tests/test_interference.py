@@ -10,8 +10,8 @@ import functools
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import llama_cpp
@@ -202,20 +202,19 @@ def test_a_lora_that_has_just_come_or_gone(models: Callable[[str], tuple[Model, 
 
 def test_threads_do_not_disturb_each_other(models: Callable[[str], tuple[Model, Path, Path]]) -> None:
     model, path, _ = models("llama")
-    got: list[tuple[list[int], np.ndarray]] = []
 
-    def work() -> None:
+    def work() -> list[tuple[list[int], np.ndarray]]:
+        got = []
         with Context(model, threads=1, **SHAPE) as src, Context(model, threads=1, **SHAPE) as dst:
             for _ in range(10):
                 got.append(job(src, dst))
                 src.clear()
                 dst.clear()
+        return got
 
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    with ThreadPoolExecutor() as pool:
+        workers = [pool.submit(work) for _ in range(4)]
+    got = [result for worker in workers for result in worker.result()]
     assert len(got) == 40
     for result in got:
         same(result, fresh(path, False, None))

@@ -107,11 +107,24 @@ def test_the_command(folder: Path) -> None:
         ({"data": ["missing.jsonl"]}, "missing.jsonl: cannot be read"),
         ({"base": "missing.gguf"}, "missing.gguf"),
         ({"lora": {"targets": ["nothing"]}}, "lora.targets"),
+        ({"mapper": {"features": ["layer", "length"]}}, "mapper.features: .*in this order"),
+        ({"mapper": {"features": []}}, "mapper.features: List should have at least 1 item"),
     ],
 )
 def test_mistakes_in_a_config(folder: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Trainer(read_config(config(folder, **changes)))
+
+
+def test_a_base_that_transformers_cannot_read_and_a_damaged_checkpoint(folder: Path) -> None:
+    write_model(folder / "other.gguf", "hunyuan-dense")
+    with pytest.raises(InputError, match="Transformers cannot read this 'hunyuan-dense' model"):
+        Trainer(read_config(config(folder, base=str(folder / "other.gguf"), output="other")))
+    path = config(folder, steps=1)
+    (folder / "run").mkdir()
+    (folder / "run" / CHECKPOINT).write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(InputError, match="the checkpoint is damaged"):
+        Trainer(read_config(path))
 
 
 def test_mistakes_in_data_are_named_by_line(tmp_path: Path) -> None:

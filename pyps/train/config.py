@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pyps.errors import InputError
 from pyps.layout import LayoutName
+from pyps.mapper import FEATURES
 
 
 class _Strict(BaseModel):
@@ -25,8 +26,16 @@ class LoraConfig(_Strict):
 class MapperConfig(_Strict):
     """METHOD, section 2."""
 
-    features: list[Literal["length", "num_agents", "layer"]] = ["length", "num_agents", "layer"]
+    features: list[Literal["length", "num_agents", "layer"]] = Field(["length", "num_agents", "layer"], min_length=1)
     hidden: int = Field(32, ge=1, le=4096)
+
+    @field_validator("features")
+    @classmethod
+    def _in_order(cls, features: list[str]) -> list[str]:
+        """The runtime refuses an adapter with others: better before the training than after."""
+        if features != [f for f in FEATURES if f in features]:
+            raise ValueError(f"must be some of {', '.join(FEATURES)}, in this order")
+        return features
 
 
 class TrainConfig(_Strict):

@@ -6,9 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pyps.mapper import FEATURES, Mapper
-
-_RANGE = 0.1  # a coefficient moves at most this far from the identity
+from pyps.mapper import FEATURES, RANGE, Mapper
 
 
 class CacheMapper(nn.Module):
@@ -41,7 +39,7 @@ class CacheMapper(nn.Module):
         }
         x = torch.stack([inputs[f] for f in self.features], dim=-1) if self.features else torch.zeros(*shape, 0)
         raw = self.outer(nn.functional.silu(self.inner(x)))
-        return _RANGE * torch.tanh(raw) + torch.tensor([1.0, 0.0, 1.0, 0.0])
+        return float(RANGE) * torch.tanh(raw) + torch.tensor([1.0, 0.0, 1.0, 0.0])
 
     def to_runtime(self) -> Mapper:
         """The same mapper for the runtime."""

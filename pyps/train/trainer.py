@@ -1,5 +1,6 @@
 """The training loop: mapper and LoRA on a frozen base, resumable at every checkpoint (METHOD, section 4)."""
 
+import functools
 import json
 import math
 import random
@@ -128,9 +129,7 @@ class Trainer:
         chosen = []
         for i in range(step * size, (step + 1) * size)[rank::n]:
             epoch, at = divmod(i, len(self._examples))
-            order = list(range(len(self._examples)))
-            random.Random(f"{self.config.seed} {epoch}").shuffle(order)
-            chosen.append(self._examples[order[at]])
+            chosen.append(self._examples[_order(len(self._examples), self.config.seed, epoch)[at]])
         return chosen
 
     def _train(self, batch: Sequence[TokenExample]) -> Measures:
@@ -191,7 +190,11 @@ class Trainer:
         path = self.config.output / CHECKPOINT
         if not path.exists():
             return
-        state = torch.load(path, weights_only=True)
+        try:
+            state = torch.load(path, weights_only=True)
+        except Exception as error:
+            # whatever unpickling a damaged file may raise
+            raise InputError(f"{path}: the checkpoint is damaged: remove it to begin anew ({error})") from None
         trained = {n: p for n, p in self.synthesis.named_parameters() if p.requires_grad}
         for name, values in state["trained"].items():
             trained[name].data.copy_(values)
@@ -199,6 +202,13 @@ class Trainer:
         self._schedule.load_state_dict(state["schedule"])
         self.step = state["step"]
         self._report(f"going on after step {self.step}")
+
+
+@functools.lru_cache(maxsize=2)  # a batch may begin in one epoch and end in the next
+def _order(n: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(n))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    return order
 
 
 def _losses(
@@ -237,12 +247,16 @@ def _build(config: TrainConfig, path: Path, arch: str) -> tuple[Synthesis, Shape
     torch.manual_seed(config.seed)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    base = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        dtype=getattr(torch, config.dtype),
-        quantization_config=transformers.GgufConfig(dequantize=True),
-    )
+    try:
+        base = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=getattr(torch, config.dtype),
+            quantization_config=transformers.GgufConfig(dequantize=True),
+        )
+    except Exception as error:
+        # each architecture that Transformers cannot read from GGUF fails in its own way
+        raise InputError(f"{path}: Transformers cannot read this {arch!r} model: {error}") from None
     lora = peft.LoraConfig(
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,
