@@ -10,6 +10,7 @@
 #include "ggml-cpp.h"
 
 #include <algorithm>
+#include <map>
 
 namespace pyps {
 
@@ -56,6 +57,23 @@ std::string refusal(const llama_model & model, const std::string & reason) {
 std::string why_not_joinable(const llama_model * model) {
     const std::string reason = why_not(*model);
     return reason.empty() ? "" : refusal(*model, reason);
+}
+
+std::string norms(const llama_model * model) {
+    static const std::string suffix = "norm.weight";
+    std::map<std::string, ggml_tensor *> found;
+    for (const auto & [name, tensor] : model->tensors_by_name) {
+        if (name.size() >= suffix.size() && name.compare(name.size() - suffix.size(), suffix.size(), suffix) == 0) {
+            found[name] = tensor;
+        }
+    }
+    std::string bytes;
+    for (const auto & [name, tensor] : found) {
+        const size_t at = bytes.size();
+        bytes.resize(at + ggml_nbytes(tensor));
+        ggml_backend_tensor_get(tensor, &bytes[at], 0, ggml_nbytes(tensor));
+    }
+    return bytes;
 }
 
 bool is_causal(const llama_model * model) {

@@ -145,6 +145,10 @@ bool is_causal(const llama_model * model);
 // the model has one set of factors, or none.
 uint32_t long_context(const llama_model * model);
 
+// The values of all weights whose name ends with "norm.weight", in the order of the names: they are the same in every
+// quantisation of a model, and differ between models.
+std::string norms(const llama_model * model);
+
 // Empty, or why a model of this kind cannot be joined. Needs no context.
 std::string why_not_joinable(const llama_model * model);
 

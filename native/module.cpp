@@ -138,6 +138,13 @@ NB_MODULE(_native, m) {
         [](uintptr_t model) { return pyps::why_not_joinable(reinterpret_cast<const llama_model *>(model)); }, "model"_a,
         "Empty, or why the caches of this model cannot be joined.");
     m.def(
+        "norms",
+        [](uintptr_t model) {
+            const std::string bytes = pyps::norms(reinterpret_cast<const llama_model *>(model));
+            return nb::bytes(bytes.data(), bytes.size());
+        },
+        "model"_a, "The values of the model's norms, as bytes.");
+    m.def(
         "is_causal", [](uintptr_t model) { return pyps::is_causal(reinterpret_cast<const llama_model *>(model)); },
         "model"_a, "False for models that read in both directions.");
     m.def(

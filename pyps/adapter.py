@@ -80,10 +80,16 @@ class Adapter:
         version = metadata.get("pyps.version", 1)
         if version != 1:
             raise InputError(f"pyps.version is {version}; this version of pyps reads 1")
-        base = metadata.get("pyps.base.name")
-        own = model.metadata.get("general.name")
-        if base and own and base != own:
-            self.warnings.append(f"{self.path.name} was trained on {base!r}; this model is {own!r}")
+        base, own = metadata.get("pyps.base.name"), model.metadata.get("general.name")
+        if fingerprint := metadata.get("pyps.base.fingerprint"):
+            other = fingerprint != model.fingerprint
+        else:
+            other = bool(base and own and base != own)
+        if other:
+            self.warnings.append(
+                f"{self.path.name} was trained on other weights ({base or 'no name given'}) than this model's "
+                f"({own or model.name}): answers may be poor"
+            )
 
     def close(self) -> None:
         for ctx in [c for c in self._model.contexts if c.adapter is self]:

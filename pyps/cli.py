@@ -1,27 +1,33 @@
 """The command line. Mistakes of the user end with one clear line and exit code 2, failures with 1, Ctrl-C with 130."""
 
 import contextlib
+import importlib
 import json
 import signal
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 
 import pyps
 from pyps.context import KV_TYPES
-from pyps.display import Display, LiveDisplay, PlainDisplay, progress_bar
+from pyps.display import Display, LiveDisplay, PlainDisplay, progress_bar, show_evaluation
 from pyps.doctor import examine
 from pyps.errors import InputError, PypsError
 from pyps.events import Done, Event, Mode
 from pyps.forkjoin import Branch, ForkJoin
 from pyps.layout import DEFAULT_SYNTHESIZE, LAYOUTS
-from pyps.models import DEFAULT_MODEL, find_model
+from pyps.models import AUTO, DEFAULT_MODEL, find_model
 from pyps.sampling import Sampling
+
+if TYPE_CHECKING:
+    from pyps.examples.example import Example
 
 _DEFAULTS = Sampling()
 
@@ -69,6 +75,30 @@ class _Interrupt:
         self.asked = True
 
 
+# options that several commands have
+_model = click.option(
+    "--model", "-m", default=DEFAULT_MODEL, show_default=True, help="A GGUF file, 'smollm2', or hf:OWNER/REPO:QUANT."
+)
+_adapter = click.option(
+    "--adapter",
+    "-a",
+    metavar="FILE",
+    default=AUTO,
+    show_default=True,
+    help="Adapter (GGUF) for the synthesizer; 'auto': the one that pyps has for the model, if any; 'none'.",
+)
+_layout = click.option("--layout", type=click.Choice(LAYOUTS), help="Prompt layout. Default: the adapter's, or shared.")
+_threads = click.option("--threads", "-t", type=int, help="Default: the physical cores.")
+_kv_type = click.option(
+    "--kv-type",
+    metavar="TYPE",
+    default="f16",
+    show_default=True,
+    help=f"Type of K and V in the caches: {', '.join(KV_TYPES)}; or one for K and one for V, as in q8_0/f16. The "
+    "quantised ones are smaller and, on a CPU, slower.",
+)
+
+
 @main.command(cls=_Command)
 @click.argument("task", required=False)
 @click.option(
@@ -90,10 +120,8 @@ class _Interrupt:
 @click.option(
     "--synthesize", metavar="TEXT", default=DEFAULT_SYNTHESIZE, show_default=True, help="The synthesizer's instruction."
 )
-@click.option(
-    "--model", "-m", default=DEFAULT_MODEL, show_default=True, help="A GGUF file, 'smollm2', or hf:OWNER/REPO:QUANT."
-)
-@click.option("--adapter", "-a", metavar="FILE", help="Adapter (GGUF) for the synthesizer.")
+@_model
+@_adapter
 @click.option(
     "--mode",
     type=click.Choice(["cache", "text"]),
@@ -101,7 +129,7 @@ class _Interrupt:
     show_default=True,
     help="Answer from the branches' caches, or from their pasted texts.",
 )
-@click.option("--layout", type=click.Choice(LAYOUTS), help="Prompt layout. Default: the adapter's, or shared.")
+@_layout
 @click.option("--compare", is_flag=True, help="Answer from the branches' texts as well.")
 @click.option("--max-tokens", type=int, default=_DEFAULTS.max_tokens, show_default=True, help="Limit of each branch.")
 @click.option("--answer-tokens", type=int, metavar="N", help="Limit of the answer. Default: as --max-tokens.")
@@ -123,15 +151,8 @@ class _Interrupt:
 @click.option(
     "--ctx", "n_ctx", type=int, metavar="CELLS", help="Most cells a sequence may use. Default: what the job needs."
 )
-@click.option("--threads", "-t", type=int, help="Default: the physical cores.")
-@click.option(
-    "--kv-type",
-    metavar="TYPE",
-    default="f16",
-    show_default=True,
-    help=f"Type of K and V in the caches: {', '.join(KV_TYPES)}; or one for K and one for V, as in q8_0/f16. The "
-    "quantised ones are smaller and, on a CPU, slower.",
-)
+@_threads
+@_kv_type
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 def run(
     task: str | None,
@@ -141,7 +162,7 @@ def run(
     system: str | None,
     synthesize: str,
     model: str,
-    adapter: str | None,
+    adapter: str,
     mode: Mode,
     layout: str | None,
     compare: bool,
@@ -176,7 +197,13 @@ def run(
         if notes.is_terminal:
             report(f"loading {model}", None)
         fj = ForkJoin.from_pretrained(
-            model, progress=report, adapter=adapter, layout=layout, kv_type=kv_type, n_ctx=n_ctx, threads=threads
+            model,
+            progress=report,
+            adapter=_chosen(adapter),
+            layout=layout,
+            kv_type=kv_type,
+            n_ctx=n_ctx,
+            threads=threads,
         )
     with fj, _Interrupt() as interrupt:
         for warning in fj.adapter.warnings if fj.adapter else []:
@@ -210,25 +237,256 @@ def doctor(model: str | None, as_json: bool) -> None:
     click.echo(found.to_json() if as_json else found.to_text())
 
 
+def _chosen(adapter: str) -> str | None:
+    return None if adapter == "none" else adapter
+
+
+@main.command("eval", cls=_Command)
+@click.argument("data", required=False, type=click.Path(path_type=Path))
+@_model
+@_adapter
+@_layout
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only so many examples of each family.")
+@_kv_type
+@_threads
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead, every answer included.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw it too (PNG, SVG or PDF).")
+def evaluate(
+    data: Path | None,
+    model: str,
+    adapter: str,
+    layout: str | None,
+    limit: int | None,
+    kv_type: str,
+    threads: int | None,
+    as_json: bool,
+    plot: Path | None,
+) -> None:
+    """How good answers from caches are, beside answers from texts, on the same branches.
+
+    Text synthesis, cache synthesis without adapter, with its parts and with all of it, and text synthesis with the
+    LoRA: right answers, KL divergence from text synthesis, agreement, time to first token. On DATA, a file of examples
+    (JSON lines, see docs/train.md), or on the built-in suite: six families of questions.
+    """
+    from pyps import evaluate as ev
+    from pyps.examples.example import read_examples
+
+    plots = _needs_extra("pyps.plot", "plot") if plot else None
+    if plot and plots:
+        plots.check(plot)  # before the work, not after
+    examples = _limited(read_examples([data]) if data else ev.read_suite(), limit)
+    with progress_bar(Console(stderr=True)) as report:
+        fj = ForkJoin.from_pretrained(
+            model,
+            progress=report,
+            adapter=_chosen(adapter),
+            layout=layout,
+            kv_type=kv_type,
+            threads=threads,
+        )
+        with fj:
+            outcomes = list(
+                ev.evaluate(
+                    fj.model,
+                    fj.adapter,
+                    examples,
+                    fj.layout,
+                    kv_type=kv_type,
+                    threads=threads,
+                    report=lambda n: report(f"evaluating {len(examples)} examples", n / len(examples)),
+                )
+            )
+            found = {
+                "model": fj.model.name,
+                "adapter": str(fj.adapter.path) if fj.adapter else None,
+                "layout": fj.layout,
+                "examples": len(examples),
+                "modes": ev.summarise(outcomes),
+            }
+    if plot and plots:
+        plots.save(plots.draw_evaluation(found["modes"]), plot)
+    if as_json:
+        answers = [asdict(o) for o in outcomes]
+        click.echo(json.dumps(found | {"outcomes": answers}, ensure_ascii=False, indent=2))
+    else:
+        show_evaluation(Console(), found)
+
+
+def _limited(examples: "list[Example]", limit: int | None) -> "list[Example]":
+    """The first `limit` of each family."""
+    seen: Counter[str] = Counter()
+    chosen = []
+    for example in examples:
+        seen[example.family] += 1
+        if limit is None or seen[example.family] <= limit:
+            chosen.append(example)
+    return chosen
+
+
+@main.command(cls=_Command)
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The file, or folder, to write.")
+@click.option(
+    "--base",
+    default=DEFAULT_MODEL,
+    show_default=True,
+    help="The model it was trained on: a GGUF file, 'smollm2', or hf:OWNER/REPO:QUANT.",
+)
+@click.option(
+    "--type",
+    "kind",
+    type=click.Choice(["f16", "f32", "bf16", "q8_0"]),
+    default="f16",
+    show_default=True,
+    help="Of the LoRA's matrices.",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    default="paper",
+    show_default=True,
+    help="Prompt layout it was trained for; the published checkpoint: paper.",
+)
+@click.option("--weights", metavar="W,W,…", help="Of several checkpoints, for their average. Default: all alike.")
+def convert(sources: tuple[Path, ...], output: Path, base: str, kind: str, layout: str, weights: str | None) -> None:
+    """Turn a trained adapter into one GGUF file, or such a file back into PyTorch's (needs pyps[train]).
+
+    SOURCES: a PEFT LoRA directory with cache_mapper.pt in it or beside it, or a checkpoint in the published layout; of
+    several the weighted average is taken. Or one GGUF adapter: OUTPUT is then a folder.
+    """
+    convert_module = _needs_extra("pyps.convert.convert", "train")
+    with progress_bar(Console(stderr=True)) as report:
+        path = find_model(base, report)
+    if len(sources) == 1 and sources[0].suffix == ".gguf":
+        notes = convert_module.from_gguf(sources[0], output, path)
+    else:
+        notes = convert_module.to_gguf(sources, output, path, layout=layout, type=kind, weights=_weights(weights))
+    for note in notes:
+        click.echo(f"pyps: {note}", err=True)
+    click.echo(output)
+
+
+def _weights(text: str | None) -> list[float] | None:
+    try:
+        return [float(w) for w in text.split(",")] if text else None
+    except ValueError:
+        raise click.UsageError(f"--weights must be numbers with commas between them, not {text!r}") from None
+
+
+@main.group()
+def data() -> None:
+    """Write examples to train and measure on, as JSON lines."""
+
+
+def _examples(out: Path, examples: "Iterable[Example]") -> None:
+    from pyps.examples.example import write_examples
+
+    click.echo(f"{out}: {write_examples(out, examples):,} examples")
+
+
+_out = click.argument("out", type=click.Path(path_type=Path))
+_source = click.argument("source")
+_split = click.option("--split", default="train", show_default=True, help="Of a data set on the hub.")
+_seed = click.option("--seed", default=0, show_default=True)
+
+
+@data.command(cls=_Command)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--train", "n_train", default=2100, show_default=True, help="Examples to train on.")
+@click.option("--held-out", "n_held_out", default=70, show_default=True, help="Examples to measure on.")
+@_seed
+def families(folder: Path, n_train: int, n_held_out: int, seed: int) -> None:
+    """Six families of questions, and open ones (needs pyps[data]).
+
+    Look up, combine, list, compare, majority, contradiction. Writes train.jsonl and held-out.jsonl into FOLDER; the
+    latter has other entities and other ways to ask.
+    """
+    from pyps.examples import builders
+
+    _examples(folder / "train.jsonl", builders.families(n_train, False, seed))
+    _examples(folder / "held-out.jsonl", builders.families(n_held_out, True, seed))
+
+
+@data.command(cls=_Command)
+@_source
+@_out
+@click.option("--messages", default="messages", show_default=True, help="The field with the dialogue.")
+@_split
+def exposure(source: str, out: Path, messages: str, split: str) -> None:
+    """Cut dialogues into branches: the last answer is the target.
+
+    SOURCE is a JSON, JSON lines, CSV or Parquet file, or a data set on the Hugging Face hub (NAME or NAME:CONFIG). Its
+    dialogues are lists of objects with role and content, as chat data usually have them; tool results become part of
+    their branch.
+    """
+    from pyps.examples import builders
+
+    _examples(out, builders.exposure(builders.read_rows(source, split), messages))
+
+
+@data.command(cls=_Command)
+@_source
+@_out
+@click.option("--question", default="question", show_default=True, help="The field with the question.")
+@click.option("--documents", default="context", show_default=True, help="A text, or a list: a branch for each.")
+@click.option("--answer", default="answers.text", show_default=True, help="A text, or a list: its first is the target.")
+@click.option("--others", default=3, show_default=True, help="Of single documents: other rows' documents added.")
+@_split
+@_seed
+def aggregation(
+    source: str, out: Path, question: str, documents: str, answer: str, others: int, split: str, seed: int
+) -> None:
+    """A question and a branch for each document, or for each of several answers.
+
+    SOURCE as for exposure. The defaults fit SQuAD: pyps data aggregation squad examples.jsonl
+    """
+    from pyps.examples import builders
+
+    rows = builders.read_rows(source, split)
+    _examples(out, builders.aggregation(rows, question, documents, answer, others, seed))
+
+
+@data.command(cls=_Command)
+@_source
+@_out
+@click.option("--task", default="prompt", show_default=True, help="The field with the task.")
+@click.option("--branches", default=3, show_default=True, help="Samples of each task.")
+@_split
+def distillation(source: str, out: Path, task: str, branches: int, split: str) -> None:
+    """Tasks alone; the model writes branches and target itself when it is trained.
+
+    SOURCE as for exposure.
+    """
+    from pyps.examples import builders
+
+    _examples(out, builders.distillation(builders.read_rows(source, split), task, branches))
+
+
 @main.command(cls=_Command)
 @click.argument("config", type=click.Path(path_type=Path))
 def train(config: Path) -> None:
     """Train an adapter as CONFIG, a YAML file, says (needs pyps[train]).
 
     Writes adapter.gguf into the folder that CONFIG names. Interrupted or not, the same command goes on where it was.
+    Several processes: accelerate launch -m pyps.cli train CONFIG.
     """
-    try:
-        from pyps.train.config import read_config
-        from pyps.train.trainer import ADAPTER, Trainer
-    except ImportError as error:
-        raise InputError(f"training needs more packages ({error}): pip install 'pyps[train]'") from None
-    trainer = Trainer(read_config(config), report=lambda line: click.echo(line, err=True))
+    trainer_module = _needs_extra("pyps.train.trainer", "train")
+    read_config = _needs_extra("pyps.train.config", "train").read_config
+    trainer = trainer_module.Trainer(read_config(config), report=lambda line: click.echo(line, err=True))
     with _Interrupt() as interrupt:
         trainer.run(lambda: interrupt.asked)
     if interrupt.asked:
         click.echo(f"pyps: stopped after step {trainer.step}; the same command goes on from there", err=True)
         sys.exit(130)
-    click.echo(trainer.config.output / ADAPTER)
+    click.echo(trainer.config.output / trainer_module.ADAPTER)
+
+
+def _needs_extra(module: str, extra: str) -> ModuleType:
+    """Imports what the base installation may lack."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(f"this needs more packages ({error}): pip install 'pyps[{extra}]'") from None
 
 
 def _show(events: Iterator[Event], branches: list[Branch], as_json: bool, notes: Console) -> None:

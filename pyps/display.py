@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -212,3 +212,31 @@ def progress_bar(console: Console) -> Iterator[Report]:
                 bar.update(task, completed=fraction)
 
         yield update
+
+
+def show_evaluation(console: Console, found: dict[str, Any]) -> None:
+    """The object that `pyps eval --json` prints, as tables for people."""
+    modes = found["modes"]
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "right", "(95 %)", "KL", "KL of the first", "agreement", "first token, ms"):
+        table.add_column(name, justify="right" if name else "left")
+    for mode, m in modes.items():
+        right = ["", ""]
+        if m["accuracy"] is not None:
+            right = [f"{m['accuracy']:.1%}", "{:.0%} to {:.0%}".format(*m["accuracy_95"])]
+        table.add_row(
+            mode, *right, f"{m['kl']:.3f}", f"{m['kl_first']:.3f}", f"{m['agreement']:.0%}", f"{m['ttft_ms']:.0f}"
+        )
+    adapter = f", adapter {found['adapter']}" if found["adapter"] else ""
+    console.print(f"{found['model']}{adapter}, {found['layout']} layout, {found['examples']} examples", highlight=False)
+    console.print(table)
+    families = list(modes["text"]["families"])
+    for key, title, form in (("accuracy", "right", "{:.0%}"), ("kl", "KL", "{:.3f}")):
+        table = Table(box=None, pad_edge=False)
+        table.add_column(f"\n{title}")
+        for family in families:
+            table.add_column(f"\n{family}", justify="right")
+        for mode, m in modes.items():
+            values = [m["families"][f][key] for f in families]
+            table.add_row(mode, *("" if v is None else form.format(v) for v in values))
+        console.print(table)

@@ -27,7 +27,7 @@ from pyps.events import (
 from pyps.generate import Generation, generate
 from pyps.layout import DEFAULT_SYNTHESIZE, Layout, Prompts
 from pyps.model import Model
-from pyps.models import DEFAULT_MODEL, Progress, find_model
+from pyps.models import AUTO, DEFAULT_MODEL, Progress, find_adapter, find_model
 from pyps.sampling import Sampling, draw_seed
 
 # From this many tokens on, flash attention has its tiled kernel on a CPU; with fewer it is far slower than without.
@@ -93,17 +93,20 @@ class ForkJoin:
         name: str = DEFAULT_MODEL,
         *,
         progress: Progress | None = None,
-        adapter: str | Path | None = None,
+        adapter: str | Path | None = AUTO,
         layout: str | None = None,
         kv_type: str = "f16",
         n_ctx: int | None = None,
         threads: int | None = None,
     ) -> "ForkJoin":
-        """On a GGUF file, on "smollm2", or on "hf:OWNER/REPO:FILE-or-QUANT". Raises InputError as find_model does."""
+        """On a GGUF file, on "smollm2", or on "hf:OWNER/REPO:FILE-or-QUANT"; with the adapter that comes with pyps for
+        this model, if there is one, unless another or None is given. Raises InputError as find_model does."""
         split_kv_type(kv_type)  # a mistake is said before a model is loaded
         model = Model.load(find_model(name, progress) if progress else find_model(name))
         try:
-            return cls(model, adapter=adapter, layout=layout, kv_type=kv_type, n_ctx=n_ctx, threads=threads)
+            return cls(
+                model, adapter=find_adapter(adapter, name), layout=layout, kv_type=kv_type, n_ctx=n_ctx, threads=threads
+            )
         except BaseException:
             model.close()
             raise

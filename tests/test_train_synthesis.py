@@ -16,10 +16,11 @@ from pyps.adapter import Adapter
 from pyps.context import Context, Span, Token, join
 from pyps.convert.lora import Shape, read_lora
 from pyps.convert.lora import write_adapter as export
+from pyps.examples.tokens import TokenExample
 from pyps.mapper import Mapper
 from pyps.model import Model
 from pyps.train.mapper import CacheMapper
-from pyps.train.synthesis import Synthesis, TokenExample
+from pyps.train.synthesis import Synthesis
 
 
 def tokens(n: int, seed: int) -> list[int]:
@@ -140,7 +141,17 @@ def test_an_exported_adapter_does_in_the_runtime_what_was_trained(tmp_path: Path
             lora[module] = tuple(w.detach().numpy() for w in pair)
     exported = tmp_path / "exported.gguf"
     shape = Shape(arch, oracle.n_layers, 4, 2)
-    export(exported, shape, lora, 8.0, synthesis.mapper.to_runtime(), layout="shared", base_name="tiny", type="f32")
+    export(
+        exported,
+        shape,
+        lora,
+        8.0,
+        synthesis.mapper.to_runtime(),
+        layout="shared",
+        base_name="tiny",
+        base_fingerprint="",
+        type="f32",
+    )
     assert not list(tmp_path.glob("*.part"))
 
     model = Model.load(path)
@@ -149,24 +160,30 @@ def test_an_exported_adapter_does_in_the_runtime_what_was_trained(tmp_path: Path
     with torch.no_grad():
         student, _, _, which = synthesis(BATCH)
     for i, e in enumerate(BATCH):
-        with (
-            Context(model, 256, len(e.branches), kv_type="f32") as branches,
-            Context(model, 256, kv_type="f32", adapter=adapter, n_logits=64) as ctx,
-        ):
-            spans = []
-            for seq, (prompt, output) in enumerate(e.branches):
-                branches.prefill(seq, [*e.prefix, *prompt, *output])
-                start = len(e.prefix) + len(prompt)
-                spans.append(Span(seq, start, start + len(output), e.branch_point))
-            if e.branch_point:
-                join(branches, ctx, [Span(0, 0, e.branch_point, 0)])
-            lengths = [len(o) for _, o in e.branches]
-            join(branches, ctx, spans, 0, adapter.mapper.coefficients(lengths, oracle.n_layers))
-            start, said = ctx.end(0), [*e.synthesizer, *e.answer[:-1]]
-            ctx.decode([Token(t, start + j, 0, logits=True) for j, t in enumerate(said)])
-            got = np.stack([ctx.logits(j) for j in range(len(said))])[-len(e.answer) :]
+        got = in_the_runtime(model, adapter, e)
         np.testing.assert_allclose(got, student[which == i].numpy(), rtol=0, atol=2e-4)
     model.close()
+
+
+def in_the_runtime(model: Model, adapter: Adapter, e: TokenExample) -> np.ndarray:
+    """The student's logits of the answer, by llama.cpp."""
+    with (
+        Context(model, 256, len(e.branches), kv_type="f32") as branches,
+        Context(model, 256, kv_type="f32", adapter=adapter, n_logits=64) as ctx,
+    ):
+        spans = []
+        for seq, (prompt, output) in enumerate(e.branches):
+            branches.prefill(seq, [*e.prefix, *prompt, *output])
+            start = len(e.prefix) + len(prompt)
+            spans.append(Span(seq, start, start + len(output), e.branch_point))
+        if e.branch_point:
+            join(branches, ctx, [Span(0, 0, e.branch_point, 0)])
+        lengths = [len(o) for _, o in e.branches]
+        coefficients = adapter.mapper.coefficients(lengths, len(model.rotated_layers)) if adapter.mapper else None
+        join(branches, ctx, spans, 0, coefficients)
+        start, said = ctx.end(0), [*e.synthesizer, *e.answer[:-1]]
+        ctx.decode([Token(t, start + j, 0, logits=True) for j, t in enumerate(said)])
+        return np.stack([ctx.logits(j) for j in range(len(said))])[-len(e.answer) :]
 
 
 def test_a_batch_is_its_examples(tmp_path: Path) -> None:

@@ -1,10 +1,7 @@
 """A LoRA and a mapper to one GGUF adapter file, and back. The file is a contract: METHOD, section 6."""
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -14,12 +11,19 @@ from pyps.errors import InputError
 from pyps.mapper import Mapper
 
 VERSION = 1
-TYPES = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16}
+TYPES = {name: gguf.GGMLQuantizationType[name.upper()] for name in ("f32", "f16", "bf16", "q8_0")}
 
 # Whether llama.cpp's converter reorders the rows of q and k: RoPE turns neighbouring channels there, and the two halves
 # of a head in Transformers. A wrong guess gives a LoRA that loads and means nothing, so there is no default.
 _INTERLEAVED = ("llama", "smollm3", "granite")
 _AS_THEY_ARE = ("qwen2", "qwen3", "qwen3moe", "gemma", "gemma2", "gemma3", "phi3", "gpt-oss")
+
+# gguf's map knows many names for a tensor; these are the ones that Transformers' models with these tensors have
+_SEPARATE = (
+    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+_FUSED = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 
 
 @dataclass(frozen=True)
@@ -74,22 +78,22 @@ def write_adapter(
     *,
     layout: str,
     base_name: str,
+    base_fingerprint: str,
     type: str = "f16",
-    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an adapter file, whole or not at all.
 
     Args:
         lora: may be empty: the file then has the mapper only.
-        type: of the LoRA's matrices, a key of TYPES.
-        more: further metadata, strings.
+        base_name, base_fingerprint: what it was trained on: general.name, and Model.fingerprint.
+        type: of the LoRA's matrices, a key of TYPES. Those whose rows are no multiple of q8_0's block of 32 (lora_b of
+            rank 16) are f16 instead.
 
     Raises:
         InputError: an unknown architecture, a module that llama.cpp has no name for, values that are not finite.
     """
     shape.check()
-    architectures = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(architectures[shape.arch], shape.n_layers)
+    names = tensor_names(shape)
     partial = path.with_name(path.name + ".part")
     writer = gguf.GGUFWriter(partial, shape.arch)
     try:
@@ -99,8 +103,7 @@ def write_adapter(
         writer.add_uint32("pyps.version", VERSION)
         writer.add_string("pyps.layout", layout)
         writer.add_string("pyps.base.name", base_name)
-        for key, value in (more or {}).items():
-            writer.add_string(key, value)
+        writer.add_string("pyps.base.fingerprint", base_fingerprint)
         if mapper:
             writer.add_string("pyps.mapper.type", "affine-mlp")
             if mapper.features:  # GGUF has no empty arrays
@@ -117,8 +120,9 @@ def write_adapter(
                 raise InputError(f"llama.cpp has no tensor for {module} in {shape.arch!r} models")
             for suffix, matrix in (("lora_a", a), ("lora_b", shape.to_gguf(module.rpartition(".")[2], b))):
                 _check_finite(f"{module}.{suffix}", matrix)
-                data = gguf.quantize(np.ascontiguousarray(matrix, dtype=np.float32), TYPES[type])
-                writer.add_tensor(f"{tensor}.weight.{suffix}", data, raw_dtype=TYPES[type])
+                kind = TYPES["f16" if type == "q8_0" and matrix.shape[1] % 32 else type]
+                data = gguf.quantize(np.ascontiguousarray(matrix, dtype=np.float32), kind)
+                writer.add_tensor(f"{tensor}.weight.{suffix}", data, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -133,17 +137,31 @@ def read_lora(path: Path, shape: Shape) -> tuple[Lora, float]:
     shape.check()
     reader = gguf.GGUFReader(path)
     parts = {t.name: np.array(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
+    modules = _modules(shape)
     lora: Lora = {}
-    for name in parts:
-        match = re.fullmatch(r"blk\.(\d+)\.attn_(q|k|v|output|qkv)\.weight\.lora_a", name)
-        if not match:
-            if not name.endswith(".lora_b"):
-                raise InputError(f"{path}: tensor {name!r} is not one that pyps trains")
+    for name, a in parts.items():
+        if name.endswith(".weight.lora_b"):
             continue
-        module = {"output": "o_proj"}.get(match[2], f"{match[2]}_proj")
-        b = shape.from_gguf(module, parts[name.removesuffix("a") + "b"])
-        lora[f"model.layers.{match[1]}.self_attn.{module}"] = parts[name], b
+        tensor = name.removesuffix(".weight.lora_a")
+        if tensor not in modules or f"{tensor}.weight.lora_b" not in parts:
+            raise InputError(f"{path}: tensor {name!r} is not half of a LoRA that Transformers has a name for")
+        module = modules[tensor]
+        lora[module] = a, shape.from_gguf(module.rpartition(".")[2], parts[f"{tensor}.weight.lora_b"])
     return lora, float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
+
+
+def _modules(shape: Shape) -> dict[str, str]:
+    """Transformers' names of the linear layers, by llama.cpp's."""
+    names = tensor_names(shape)
+    modules = _FUSED if shape.arch == "phi3" else _SEPARATE
+    paths = [f"model.layers.{layer}.{module}" for layer in range(shape.n_layers) for module in modules]
+    return {tensor: path for path in paths if (tensor := names.get_name(path))}
+
+
+def tensor_names(shape: Shape) -> gguf.TensorNameMap:
+    """llama.cpp's names of an architecture's tensors, by everybody else's."""
+    architectures = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    return gguf.get_tensor_name_map(architectures[shape.arch], shape.n_layers)
 
 
 def _check_finite(what: str, values: NDArray[np.float32]) -> None:

@@ -31,15 +31,19 @@ class CacheMapper(nn.Module):
         lengths, n_branches: [spans], the tokens of each span and how many are joined with it, itself included.
         """
         shape = (len(lengths), n_layers)
-        layer = torch.arange(n_layers, dtype=torch.float32) / max(n_layers - 1, 1)
+        layer = torch.arange(n_layers, dtype=torch.float32, device=lengths.device) / max(n_layers - 1, 1)
         inputs = {
             "length": lengths.float().clamp(min=1).log1p()[:, None].expand(shape),
             "num_agents": n_branches.float().clamp(min=1).log1p()[:, None].expand(shape),
             "layer": layer[None, :].expand(shape),
         }
-        x = torch.stack([inputs[f] for f in self.features], dim=-1) if self.features else torch.zeros(*shape, 0)
+        x = (
+            torch.stack([inputs[f] for f in self.features], dim=-1)
+            if self.features
+            else torch.zeros(*shape, 0, device=lengths.device)
+        )
         raw = self.outer(nn.functional.silu(self.inner(x)))
-        return float(RANGE) * torch.tanh(raw) + torch.tensor([1.0, 0.0, 1.0, 0.0])
+        return float(RANGE) * torch.tanh(raw) + torch.tensor([1.0, 0.0, 1.0, 0.0], device=raw.device)
 
     def to_runtime(self) -> Mapper:
         """The same mapper for the runtime."""

@@ -19,44 +19,23 @@ import torch
 import transformers
 from torch import nn
 
+from pyps.examples.tokens import TokenExample
 from pyps.train.mapper import CacheMapper
 
 
-@dataclass(frozen=True)
-class TokenExample:
-    """One fork-join in tokens, exactly as the runtime lays it out (pyps/layout.py).
+@dataclass
+class Encoded:
+    """What of an example needs no gradient.
 
     Attributes:
-        prefix, branch_point, synthesizer: as in layout.Prompts.
-        branches: (prompt, output) of each; no output may be empty.
-        pasted: what follows the prefix in text synthesis.
-        answer: what the synthesizer is to say, its end-of-turn token included.
+        k, v: [layers, heads, cells, head_dim], of the cells that the synthesizer has in front of it: the prefix, if its
+            layout keeps it, and the branches' outputs, k turned to the branch point. Not mapped.
+        teacher: [answer tokens, channels], the text synthesizer's last hidden states where it predicts the answer.
     """
 
-    prefix: list[int]
-    branches: list[tuple[list[int], list[int]]]
-    branch_point: int
-    synthesizer: list[int]
-    pasted: list[int]
-    answer: list[int]
-
-    def __len__(self) -> int:
-        """Tokens that are computed for it."""
-        limbs = sum(len(p) + len(o) for p, o in self.branches)
-        return len(self.prefix) + limbs + len(self.pasted) + len(self.synthesizer) + 2 * len(self.answer)
-
-
-@dataclass
-class _Cells:
-    """What the synthesizers of a batch have in front of them: of B examples C cells, as many as the longest has."""
-
-    k: list[torch.Tensor]  # per layer [B, heads, C, head_dim], turned to the branch point
-    v: list[torch.Tensor]
-    positions: torch.Tensor  # [B, C]
-    valid: torch.Tensor  # [B, C]
-    span: torch.Tensor  # [B, C]: index into lengths, -1 for cells of the prefix and padding
-    lengths: torch.Tensor  # [spans of all examples]
-    n_branches: torch.Tensor  # [spans]
+    k: torch.Tensor
+    v: torch.Tensor
+    teacher: torch.Tensor
 
 
 class Synthesis(nn.Module):
@@ -76,17 +55,30 @@ class Synthesis(nn.Module):
         kinds = getattr(self._config, "layer_types", None) or []
         self._window = self._config.sliding_window if "sliding_attention" in kinds else None
 
-    def forward(self, batch: Sequence[TokenExample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Layers, KV heads, channels of a head, channels of a hidden state."""
+        c = self._config
+        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        return self._n_layers, c.num_key_value_heads, head_dim, c.hidden_size
+
+    def forward(
+        self, batch: Sequence[TokenExample], encoded: Sequence[Encoded] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits of the answers' tokens, the batch's answers one after the other: (student [N, vocab] with gradients,
-        teacher [N, vocab], targets [N], example [N]: to which example of the batch each belongs)."""
+        teacher [N, vocab], targets [N], example [N]: to which example of the batch each belongs). What `encode` gave
+        for the batch can be passed in."""
+        encoded = encoded or self.encode(batch)
         with torch.no_grad(), self.model.disable_adapter():
-            teacher, cells = self._encode(batch)
-        student = self._synthesize(batch, cells)
-        targets = torch.tensor([token for e in batch for token in e.answer])
-        example = torch.tensor([i for i, e in enumerate(batch) for _ in e.answer])
+            teacher = self._logits(torch.cat([e.teacher for e in encoded]).to(self._base.device, self._base.dtype))
+        student = self._synthesize(batch, encoded)
+        targets = self._tensor([token for e in batch for token in e.answer])
+        example = self._tensor([i for i, e in enumerate(batch) for _ in e.answer])
         return student, teacher, targets, example
 
-    def _encode(self, batch: Sequence[TokenExample]) -> tuple[torch.Tensor, _Cells]:
+    @torch.no_grad()
+    def encode(self, batch: Sequence[TokenExample]) -> list[Encoded]:
+        """The pass over the trees, LoRA off."""
         rows, positions, limbs = [], [], []
         for e in batch:
             parts = [e.prefix, *(p + o for p, o in e.branches), e.pasted + e.answer[:-1]]
@@ -94,52 +86,25 @@ class Synthesis(nn.Module):
             starts = [0, *[len(e.prefix)] * (len(parts) - 1)]
             positions.append([s + i for s, part in zip(starts, parts, strict=True) for i in range(len(part))])
             limbs.append([limb for limb, part in enumerate(parts) for _ in part])
-        ids, pos, limb = _pad(rows, 0), _pad(positions, 0), _pad(limbs, -1)
+        ids, pos, limb = self._pad(rows, 0), self._pad(positions, 0), self._pad(limbs, -1)
         n = ids.shape[1]
-        order = torch.arange(n)
+        order = torch.arange(n, device=ids.device)
         visible = (order[:, None] >= order[None, :]) & (
             (limb[:, None, :] == 0) | (limb[:, None, :] == limb[:, :, None])
         )
-        visible |= torch.eye(n, dtype=torch.bool)  # padding, at least itself: no row of a softmax may be empty
-        hidden, cache = self._run(ids, pos, visible, pos, transformers.DynamicCache())
+        # padding, at least itself: no row of a softmax may be empty
+        visible |= torch.eye(n, dtype=torch.bool, device=ids.device)
+        with self.model.disable_adapter():
+            hidden, cache = self._run(ids, pos, visible, pos, transformers.DynamicCache())
 
-        last = [len(row) - len(e.answer) for row, e in zip(rows, batch, strict=True)]
-        teacher = self._logits(
-            hidden, [(i, s, len(e.answer)) for i, (s, e) in enumerate(zip(last, batch, strict=True))]
-        )
-        return teacher, self._join(batch, cache)
-
-    def _join(self, batch: Sequence[TokenExample], cache: Any) -> _Cells:
-        """Picks prefix and outputs out of the trees' K and V, and turns the outputs' K to the branch point."""
-        where, positions, deltas, spans = [], [], [], []
-        lengths: list[int] = []
-        n_branches: list[int] = []
-        for e in batch:
-            at = list(range(e.branch_point))  # the prefix, if the synthesizer keeps it
-            pos, delta, span = list(at), [0] * len(at), [-1] * len(at)
-            start = len(e.prefix)  # of the branch, in the tree
-            for prompt, output in e.branches:
-                n = len(output)
-                at += range(start + len(prompt), start + len(prompt) + n)
-                pos += range(e.branch_point, e.branch_point + n)
-                delta += [e.branch_point - len(e.prefix) - len(prompt)] * n
-                span += [len(lengths)] * n
-                lengths.append(n)
-                n_branches.append(len(e.branches))
-                start += len(prompt) + n
-            where.append(at)
-            positions.append(pos)
-            deltas.append(delta)
-            spans.append(span)
-        index, by = _pad(where, 0), _pad(deltas, 0)
-        k, v = [], []
-        for i, layer in enumerate(cache.layers):
-            pick = index[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
-            k.append(self._turn(layer.keys.gather(2, pick), by, i))
-            v.append(layer.values.gather(2, pick))
-        valid = _pad([[1] * len(at) for at in where], 0).bool()
-        tensors = _pad(positions, 0), valid, _pad(spans, -1), torch.tensor(lengths), torch.tensor(n_branches)
-        return _Cells(k, v, *tensors)
+        found = []
+        for i, (row, e) in enumerate(zip(rows, batch, strict=True)):
+            cells = e.cells
+            at, by = self._tensor(cells.at), self._tensor(cells.delta)
+            k = [self._turn(layer.keys[i : i + 1, :, at], by[None], il)[0] for il, layer in enumerate(cache.layers)]
+            v = [layer.values[i, :, at] for layer in cache.layers]
+            found.append(Encoded(torch.stack(k), torch.stack(v), hidden[i, len(row) - len(e.answer) : len(row)]))
+        return found
 
     def _turn(self, k: torch.Tensor, delta: torch.Tensor, layer: int) -> torch.Tensor:
         """RoPE of every cell by delta [B, C] positions. A pure rotation: attention_scaling is in the keys already."""
@@ -155,25 +120,36 @@ class Synthesis(nn.Module):
         a, b = turned.chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1).to(k.dtype)
 
-    def _synthesize(self, batch: Sequence[TokenExample], cells: _Cells) -> torch.Tensor:
-        identity = torch.tensor([1.0, 0.0, 1.0, 0.0]).expand(1, self._n_layers, 4)
-        # the last row, which index -1 finds, leaves the prefix as it is
-        table = torch.cat([self.mapper(cells.lengths, cells.n_branches, self._n_layers), identity])
+    def _synthesize(self, batch: Sequence[TokenExample], encoded: Sequence[Encoded]) -> torch.Tensor:
+        all_cells = [e.cells for e in batch]
+        lengths = self._tensor([len(o) for e in batch for _, o in e.branches])
+        n_branches = self._tensor([len(e.branches) for e in batch for _ in e.branches])
+        # spans of the whole batch are numbered through; the table's last row, which index -1 finds, leaves the prefix
+        # as it is
+        first = [sum(len(e.branches) for e in batch[:i]) for i in range(len(batch))]
+        span = self._pad([[f + s if s >= 0 else s for s in c.span] for f, c in zip(first, all_cells, strict=True)], -1)
+        identity = torch.tensor([1.0, 0.0, 1.0, 0.0], device=span.device).expand(1, self._n_layers, 4)
+        table = torch.cat([self.mapper(lengths, n_branches, self._n_layers), identity])
+        dtype = self._base.dtype
         cache = transformers.DynamicCache()
-        for i, (k, v) in enumerate(zip(cells.k, cells.v, strict=True)):
-            a_k, b_k, a_v, b_v = _columns(table[:, i][cells.span])
-            cache.update((a_k * k + b_k).to(k.dtype), (a_v * v + b_v).to(v.dtype), i)
+        for i in range(self._n_layers):
+            k, v = self._stack([e.k[i] for e in encoded]), self._stack([e.v[i] for e in encoded])
+            a_k, b_k, a_v, b_v = _columns(table[:, i][span])
+            cache.update((a_k * k + b_k).to(dtype), (a_v * v + b_v).to(dtype), i)
 
         rows = [e.synthesizer + e.answer[:-1] for e in batch]
         starts = [e.branch_point + max(len(o) for _, o in e.branches) for e in batch]
-        ids = _pad(rows, 0)
-        pos = _pad([[s + i for i in range(len(row))] for s, row in zip(starts, rows, strict=True)], 0)
+        ids = self._pad(rows, 0)
+        pos = self._pad([[s + i for i in range(len(row))] for s, row in zip(starts, rows, strict=True)], 0)
         n = ids.shape[1]
-        causal = torch.ones(n, n, dtype=torch.bool).tril()[None].expand(len(batch), -1, -1)
-        visible = torch.cat([cells.valid[:, None, :].expand(-1, n, -1), causal], dim=2)
-        seen = torch.cat([cells.positions, pos], dim=1)
+        causal = torch.ones(n, n, dtype=torch.bool, device=ids.device).tril()[None].expand(len(batch), -1, -1)
+        valid = self._pad([[1] * len(c.at) for c in all_cells], 0).bool()
+        visible = torch.cat([valid[:, None, :].expand(-1, n, -1), causal], dim=2)
+        seen = torch.cat([self._pad([c.pos for c in all_cells], 0), pos], dim=1)
         hidden, _ = self._run(ids, pos, visible, seen, cache)
-        return self._logits(hidden, [(i, len(e.synthesizer) - 1, len(e.answer)) for i, e in enumerate(batch)])
+        last = [len(e.synthesizer) - 1 for e in batch]
+        picked = [hidden[i, s : s + len(e.answer)] for i, (s, e) in enumerate(zip(last, batch, strict=True))]
+        return self._logits(torch.cat(picked))
 
     def _run(
         self, ids: torch.Tensor, positions: torch.Tensor, visible: torch.Tensor, seen: torch.Tensor, cache: Any
@@ -183,7 +159,9 @@ class Synthesis(nn.Module):
         dtype = self._base.dtype
 
         def mask(allowed: torch.Tensor) -> torch.Tensor:
-            return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+            return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
+                ~allowed, torch.finfo(dtype).min
+            )[:, None]
 
         masks: Any = mask(visible)
         if self._window:
@@ -194,18 +172,32 @@ class Synthesis(nn.Module):
         )
         return out.last_hidden_state, cache
 
-    def _logits(self, hidden: torch.Tensor, ranges: Sequence[tuple[int, int, int]]) -> torch.Tensor:
-        """Float32 [N, vocab] at (row, first, number) of positions only: the vocabulary is half of a small model."""
-        picked = torch.cat([hidden[row, first : first + n] for row, first, n in ranges])
-        return self._base.get_output_embeddings()(picked).float()
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 [N, vocab] of hidden states [N, channels]: only where needed, the vocabulary is half of a small
+        model."""
+        logits = self._base.get_output_embeddings()(hidden).float()
+        if scaling := getattr(self._config, "logits_scaling", None):  # Granite
+            logits = logits / scaling
+        if cap := getattr(self._config, "final_logit_softcapping", None):  # Gemma 2
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    def _tensor(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, device=self._base.device)
+
+    def _pad(self, rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+        """[rows, longest]"""
+        longest = max(map(len, rows))
+        return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], device=self._base.device)
+
+    def _stack(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[heads, cells, channels] of each example, of one layer, to float32 [B, heads, most cells, channels]."""
+        whole = torch.zeros(len(parts), parts[0].shape[0], max(p.shape[1] for p in parts), parts[0].shape[2])
+        for row, part in zip(whole, parts, strict=True):
+            row[:, : part.shape[1]] = part
+        return whole.to(self._base.device)
 
 
 def _columns(coefficients: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """[B, C, 4] -> four of [B, 1, C, 1], to be multiplied with [B, heads, C, head_dim]."""
     return tuple(c[:, None, :, None] for c in coefficients.unbind(-1))
-
-
-def _pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-    """[rows, longest]"""
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])

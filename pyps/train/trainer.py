@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,17 @@ from torch.nn.functional import cross_entropy
 
 from pyps.convert.lora import Lora, Shape, write_adapter
 from pyps.errors import InputError
+from pyps.examples.example import read_examples
 from pyps.model import Model
 from pyps.models import find_model
 from pyps.train.config import TrainConfig
-from pyps.train.data import Example, read_examples, tokenize
+from pyps.train.data import prepare
+from pyps.train.encoded import EncodedStore
 from pyps.train.mapper import CacheMapper
-from pyps.train.synthesis import Synthesis, TokenExample
+from pyps.train.report import write_report
+from pyps.train.synthesis import Encoded, Synthesis
 
-ADAPTER, CHECKPOINT, LOG = "adapter.gguf", "checkpoint.pt", "log.jsonl"
+ADAPTER, CHECKPOINT, LOG, TOKENS = "adapter.gguf", "checkpoint.pt", "log.jsonl", "tokens.jsonl"
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,18 @@ class Measures:
     agreement: float
 
 
-class Trainer:
-    """One training run, on the CPU, in config.output: adapter.gguf, checkpoint.pt, log.jsonl and config.yaml.
+_NAMES = tuple(f.name for f in fields(Measures))
 
-    If there is a checkpoint in it, it goes on from there as if it had not been interrupted.
+_ENCODE_TOGETHER = 8
+_STEPS_AHEAD = 8
+
+
+class Trainer:
+    """One training run, in config.output: adapter.gguf, checkpoint.pt, log.jsonl and config.yaml, and at its end
+    report.md and report.png.
+
+    If there is a checkpoint in it, it goes on from there as if it had not been interrupted. Started by `accelerate
+    launch`, processes share each step's examples; with one process it runs where Accelerate chooses.
 
     Args:
         report: called with a line about every step or measurement.
@@ -60,19 +71,30 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, report: Callable[[str], None] = print) -> None:
         self.config = config
-        self._report = report
-        self._accelerator = accelerate.Accelerator(cpu=True)
-        _check_output(config)
+        self._accelerator = accelerate.Accelerator(cpu=not torch.cuda.is_available())
+        self._report = report if self._accelerator.is_main_process else lambda line: None
+        with self._accelerator.main_process_first():
+            _check_output(config)
         path = find_model(config.base)
+        data, held_out = read_examples(config.data), read_examples(config.held_out) if config.held_out else []
+        self._n_train = len(data)
         model = Model.load(path)
         try:
-            self._name = model.metadata.get("general.name", "")
-            self._examples = self._tokenize(model, read_examples(config.data))
-            self._held_out = self._tokenize(model, read_examples(config.held_out)) if config.held_out else []
+            self._base = model.metadata.get("general.name", ""), model.fingerprint
+            with self._accelerator.main_process_first():  # the others find what it has written
+                # numbered through: first those to train on, then those to measure on
+                self._examples = prepare(model, config.layout, data + held_out, config.output / TOKENS, self._report)
             arch = model.arch
         finally:
             model.close()
         self.synthesis, self._shape = _build(config, path, arch)
+        with self._accelerator.main_process_first():
+            self._store = EncodedStore(config.output, self._examples, self.synthesis.sizes)
+        size = f"{self._store.n_bytes / 1e9:.1f} GB in {config.output}"
+        if self._store.fits:
+            self._report(f"the branches' caches are kept until the end of the run: {size}")
+        else:
+            self._report(f"the disk has no room to keep the branches' caches ({size}): every step computes them anew")
         lora = [p for n, p in self.synthesis.model.named_parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             [
@@ -85,10 +107,6 @@ class Trainer:
         self.step = 0
         self._resume()
         self._module = self._accelerator.prepare(self.synthesis)
-
-    def _tokenize(self, model: Model, examples: list[Example]) -> list[TokenExample]:
-        self._report(f"laying out {len(examples):,} examples")
-        return list(tokenize(model, self.config.layout, examples))
 
     def _rate(self, step: int) -> float:
         """Share of the peak learning rate: up in `warmup` steps, then down to a tenth along a cosine."""
@@ -105,7 +123,7 @@ class Trainer:
         tokens = 0
         while self.step < self.config.steps:
             batch = self._batch(self.step)
-            tokens += sum(map(len, batch))
+            tokens += sum(len(self._examples[i]) for i in batch)
             measures = self._train(batch)
             self.step += 1
             took = time.perf_counter() - began
@@ -115,54 +133,84 @@ class Trainer:
                 f"step {self.step}/{self.config.steps}  kl {measures.kl:.3f}  ce {measures.ce:.3f}  "
                 f"{tokens / took:,.0f} tokens/s  {left / 60:.0f} min left"
             )
+            # every process must hear of it, or the others wait for one that has left
+            stop = bool(self._accelerator.reduce(torch.tensor(float(stopped()))).item())
             if self.step % self.config.save_every == 0 or self.step == self.config.steps:
                 self._measure()
-                self.save()
-            elif stopped():
-                self.save()
-            if stopped():
+                self._save()
+            elif stop:
+                self._save()
+            if stop and self.step < self.config.steps:
                 return
+        if self._accelerator.is_main_process:
+            write_report(self.config.output, self.config.output / LOG)
+            self._store.remove()
 
-    def _batch(self, step: int) -> list[TokenExample]:
+    def _batch(self, step: int) -> list[int]:
         """This process's share of the step's examples: from a new shuffle each time the data have been gone through."""
         size, n, rank = self.config.batch_size, self._accelerator.num_processes, self._accelerator.process_index
         chosen = []
         for i in range(step * size, (step + 1) * size)[rank::n]:
-            epoch, at = divmod(i, len(self._examples))
-            chosen.append(self._examples[_order(len(self._examples), self.config.seed, epoch)[at]])
+            epoch, at = divmod(i, self._n_train)
+            chosen.append(_order(self._n_train, self.config.seed, epoch)[at])
         return chosen
 
-    def _train(self, batch: Sequence[TokenExample]) -> Measures:
+    def _encode(self, batch: Sequence[int], soon: Sequence[int]) -> list[Encoded]:
+        """What needs no gradient of a batch. If it is kept, of all that will soon be needed: examples of like length
+        together are less padding."""
+        if not self._store.fits:
+            return self.synthesis.encode([self._examples[i] for i in batch])
+        missing = sorted(self._store.missing(sorted(set(soon))), key=lambda i: len(self._examples[i]))
+        for start in range(0, len(missing), _ENCODE_TOGETHER):
+            self._store.fill(missing[start : start + _ENCODE_TOGETHER], self.synthesis.encode)
+        return [self._store.get(i) for i in batch]
+
+    def _train(self, batch: list[int]) -> Measures:
+        window = self.step // _STEPS_AHEAD * _STEPS_AHEAD  # the same steps together after an interruption
+        soon = [i for step in range(window, window + _STEPS_AHEAD) for i in self._batch(step)]
+        examples = [self._examples[i] for i in batch]
         self._optimizer.zero_grad()
-        kl, ce, measures = _losses(*self._module(batch))
-        self._accelerator.backward(self.config.kl * kl.mean() + self.config.ce * ce.mean())
+        kl, ce, measures = _losses(*self._module(examples, self._encode(batch, soon)))
+        # a text synthesizer's answer is learned from its distribution, if at all from that
+        given = torch.tensor([float(e.given or self.config.kl == 0) for e in examples], device=ce.device)
+        self._accelerator.backward(self.config.kl * kl.mean() + self.config.ce * (given * ce).mean())
         self._accelerator.clip_grad_norm_([p for p in self.synthesis.parameters() if p.requires_grad], 1.0)
         self._optimizer.step()
         self._schedule.step()
-        return measures
+        return self._mean([measures], [len(batch)])
 
     @torch.no_grad()
     def _measure(self) -> None:
         """On the held-out examples."""
-        if not self._held_out:
+        if self._n_train == len(self._examples):
             return
-        found = []
-        for start in range(0, len(self._held_out), self.config.batch_size):
-            batch = self._held_out[start : start + self.config.batch_size]
-            found += [asdict(_losses(*self.synthesis(batch))[2])] * len(batch)
-        mean = Measures(**{name: float(np.mean([f[name] for f in found])) for name in found[0]})
+        n, rank = self._accelerator.num_processes, self._accelerator.process_index
+        mine = range(self._n_train, len(self._examples))[rank::n]
+        found, sizes = [], []
+        for start in range(0, len(mine), _ENCODE_TOGETHER):
+            batch = mine[start : start + _ENCODE_TOGETHER]
+            examples = [self._examples[i] for i in batch]
+            found.append(_losses(*self.synthesis(examples, self._encode(batch, mine)))[2])
+            sizes.append(len(batch))
+        mean = self._mean(found, sizes)
         self._log({"step": self.step, "held_out": asdict(mean)})
         self._report(
             f"held out after {self.step} steps: kl {mean.kl:.3f} (first token {mean.kl_first:.3f}), ce {mean.ce:.3f}, "
             f"agreement {mean.agreement:.0%}"
         )
 
+    def _mean(self, found: Sequence[Measures], sizes: Sequence[int]) -> Measures:
+        """Over all examples of all processes."""
+        sums = [sum(n * asdict(f)[name] for f, n in zip(found, sizes, strict=True)) for name in _NAMES]
+        total = self._accelerator.reduce(torch.tensor([*sums, sum(sizes)], dtype=torch.float64)).tolist()
+        return Measures(*(x / total[-1] for x in total[:-1]))
+
     def _log(self, values: dict[str, Any]) -> None:
         if self._accelerator.is_main_process:
             with (self.config.output / LOG).open("a") as file:
                 file.write(json.dumps(values) + "\n")
 
-    def save(self) -> None:
+    def _save(self) -> None:
         """A checkpoint, and the adapter as it is now: each whole or not at all."""
         if not self._accelerator.is_main_process:
             return
@@ -183,7 +231,8 @@ class Trainer:
             float(self.config.lora.alpha),
             self.synthesis.mapper.to_runtime(),
             layout=self.config.layout,
-            base_name=self._name,
+            base_name=self._base[0],
+            base_fingerprint=self._base[1],
         )
 
     def _resume(self) -> None:
@@ -222,9 +271,9 @@ def _losses(
     counts = torch.bincount(example, minlength=n)
 
     def each(values: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(n).index_add(0, example, values) / counts
+        return torch.zeros(n, device=values.device).index_add(0, example, values) / counts
 
-    first = torch.cat([torch.tensor([True]), example[1:] != example[:-1]])
+    first = torch.cat([example[:1] == example[:1], example[1:] != example[:-1]])
     agreement = each((student.argmax(-1) == teacher.argmax(-1)).float())
     kl, ce, kl_first = each(kl), each(ce), kl[first]
     return kl, ce, Measures(*(float(x.detach().mean()) for x in (kl, kl_first, ce, agreement)))

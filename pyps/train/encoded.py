@@ -1,0 +1,72 @@
+"""What needs no gradient, computed once for each example and kept on disk: it is five sixths of a step's work."""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pyps.examples.tokens import TokenExample
+from pyps.train.synthesis import Encoded
+
+
+class EncodedStore:
+    """A file of float16, which is what the runtime's caches hold too, with room for every example; and a file that says
+    which are there. Processes on one machine share them.
+
+    Args:
+        folder: where the files are.
+        examples: all that may be asked for.
+        sizes: Synthesis.sizes.
+
+    Attributes:
+        n_bytes: that the file takes, or would take.
+        fits: whether the disk has room for it; if not, nothing is kept.
+    """
+
+    def __init__(self, folder: Path, examples: Sequence[TokenExample], sizes: tuple[int, int, int, int]) -> None:
+        self._examples, self._sizes = examples, sizes
+        layers, heads, head_dim, channels = sizes
+        lengths = [2 * layers * heads * head_dim * e.n_cells + channels * len(e.answer) for e in examples]
+        self._starts = np.cumsum([0, *lengths])
+        self.n_bytes = 2 * int(self._starts[-1])
+        name = hashlib.sha256(repr((sizes, examples)).encode()).hexdigest()[:16]
+        self._files = folder / f"encoded-{name}.f16", folder / f"encoded-{name}.done"
+        there = self._files[0].exists()
+        # half of what is free stays free
+        self.fits = there or self.n_bytes < shutil.disk_usage(folder).free / 2
+        if not self.fits:
+            return
+        self._values = _map(self._files[0], np.float16, int(self._starts[-1]))
+        self._done = _map(self._files[1], np.uint8, len(examples))
+
+    def missing(self, which: Sequence[int]) -> list[int]:
+        return [i for i in which if not self._done[i]]
+
+    def fill(self, which: Sequence[int], encode: Callable[[Sequence[TokenExample]], list[Encoded]]) -> None:
+        """Computes and keeps these examples, in one batch."""
+        for i, e in zip(which, encode([self._examples[i] for i in which]), strict=True):
+            parts = [t.to(torch.float16).cpu().numpy().ravel() for t in (e.k, e.v, e.teacher)]
+            self._values[self._starts[i] : self._starts[i + 1]] = np.concatenate(parts)
+        self._values.flush()  # before it is said to be there
+        self._done[list(which)] = 1
+
+    def get(self, i: int) -> Encoded:
+        layers, heads, head_dim, channels = self._sizes
+        values = torch.from_numpy(np.array(self._values[self._starts[i] : self._starts[i + 1]]))
+        cells = values[: -channels * len(self._examples[i].answer)]
+        k, v = cells.view(2, layers, heads, -1, head_dim)
+        return Encoded(k, v, values[cells.numel() :].view(-1, channels))
+
+    def remove(self) -> None:
+        """The files; they can be computed again."""
+        for path in self._files:
+            path.unlink(missing_ok=True)
+
+
+def _map(path: Path, dtype: type, length: int) -> np.memmap:
+    with path.open("ab") as file:
+        file.truncate(length * np.dtype(dtype).itemsize)  # zeros, and no disk before they are written to
+    return np.memmap(path, dtype, "r+", shape=(length,))

@@ -1,0 +1,269 @@
+"""pyps convert: real PEFT checkpoints, the published layout among them, to GGUF and back; and those that cannot be."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import safetensors.torch
+import torch
+from oracle import Oracle
+from test_cli import pyps
+from test_oracle import MODELS
+from test_train_synthesis import BATCH, in_the_runtime
+from tiny import write_adapter, write_model
+
+from pyps.adapter import Adapter
+from pyps.convert.convert import from_gguf, read_base, to_gguf
+from pyps.convert.lora import read_lora
+from pyps.convert.peft import read_checkpoint
+from pyps.errors import InputError
+from pyps.model import Model
+from pyps.train.mapper import CacheMapper
+from pyps.train.synthesis import Synthesis
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def trained(folder: Path, name: str, **config: Any) -> tuple[Path, Synthesis]:
+    """A twin, and a LoRA and a mapper on it with random weights."""
+    path = write_model(folder / f"{name}.gguf", **MODELS[name])
+    base = Oracle(path, write_adapter(folder / "unused.gguf", lora=False))._base
+    options: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ALL, "task_type": "CAUSAL_LM"} | config
+    model = peft.get_peft_model(base, peft.LoraConfig(**options))
+    mapper = CacheMapper()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in [*mapper.parameters(), *(p for p in model.parameters() if p.requires_grad)]:
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return path, Synthesis(model, mapper)
+
+
+def save(folder: Path, synthesis: Synthesis, *, embeddings: bool = False) -> Path:
+    """As the published checkpoints are."""
+    synthesis.model.save_pretrained(str(folder / "judger_lora"), save_embedding_layers=embeddings)
+    names = {"inner": "net.0", "outer": "net.2"}
+    state = {names[n.split(".")[0]] + "." + n.split(".")[1]: p.data for n, p in synthesis.mapper.named_parameters()}
+    torch.save(state, folder / "cache_mapper.pt")
+    (folder / "cache_mapper_config.json").write_text('{"hidden_dim": 32, "metadata_features": "both"}')
+    return folder
+
+
+def compare(path: Path, adapter_path: Path, synthesis: Synthesis, tolerance: float = 2e-4) -> None:
+    model = Model.load(path)
+    adapter = Adapter(adapter_path, model)
+    assert not adapter.warnings
+    with torch.no_grad():
+        student, _, _, which = synthesis(BATCH)
+    for i, e in enumerate(BATCH):
+        got = in_the_runtime(model, adapter, e)
+        np.testing.assert_allclose(got, student[which == i].numpy(), rtol=0, atol=tolerance)
+    model.close()
+
+
+def test_the_published_layout(tmp_path: Path) -> None:
+    """Qwen3, the embedding matrices saved with it, in step_checkpoints/latest: runs, and is what PyTorch computes."""
+    path, synthesis = trained(tmp_path, "qwen3")
+    save(tmp_path / "c" / "step_checkpoints" / "latest", synthesis, embeddings=True)
+    out = tmp_path / "a.gguf"
+    done = pyps("convert", str(tmp_path / "c"), "--base", str(path), "-o", str(out), "--type", "f32")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(out)
+    assert "left out 2 tensors that are no LoRA: base_model.model.lm_head.weight" in done.stderr
+    compare(path, out, synthesis)
+    model = Model.load(path)
+    assert Adapter(out, model).layout == "paper"
+    model.close()
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gemma3"])
+def test_peft_directories(tmp_path: Path, name: str) -> None:
+    """q and k reordered where llama.cpp does so; fused layers; feed-forward layers."""
+    targets = ["qkv_proj", "o_proj"] if name == "phi3" else [*ALL, "gate_proj", "up_proj", "down_proj"]
+    path, synthesis = trained(tmp_path, name, target_modules=targets)
+    checkpoint = save(tmp_path / "c", synthesis)
+    to_gguf([checkpoint], tmp_path / "a.gguf", path, layout="shared", type="f32")
+    # llama.cpp looks Gemma's GELU up in a table of half-precision numbers
+    compare(path, tmp_path / "a.gguf", synthesis, 1e-3 if name == "gemma3" else 2e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rank_pattern": {"q_proj": 8, "layers.1.self_attn.v_proj": 2}},
+        {"alpha_pattern": {"k_proj": 3}},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 8}},
+    ],
+)
+def test_ranks_and_alphas_that_differ_between_layers(tmp_path: Path, config: dict[str, Any]) -> None:
+    path, synthesis = trained(tmp_path, "llama", **config)
+    to_gguf([save(tmp_path / "c", synthesis)], tmp_path / "a.gguf", path, layout="shared", type="f32")
+    compare(path, tmp_path / "a.gguf", synthesis)
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
+def test_there_and_back(tmp_path: Path, kind: str) -> None:
+    path, synthesis = trained(tmp_path, "llama")
+    checkpoint = save(tmp_path / "c", synthesis)
+    first, again = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    to_gguf([checkpoint], first, path, layout="shared", type=kind)
+    assert from_gguf(first, tmp_path / "back", path) == []
+    peft.PeftConfig.from_pretrained(str(tmp_path / "back"))
+    to_gguf([tmp_path / "back"], again, path, layout="shared", type=kind)
+    shape = read_base(path).shape
+    want, _ = read_lora(first, shape)
+    got, _ = read_lora(again, shape)
+    tolerance = {"f32": 0, "f16": 0, "bf16": 0, "q8_0": 1e-3}[kind]
+    original = read_checkpoint(checkpoint).lora
+    assert want.keys() == got.keys() == original.keys()
+    for module in want:
+        for x, y, z in zip(want[module], got[module], original[module], strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=tolerance)
+            np.testing.assert_allclose(x, z, rtol=0.01, atol=2e-3)
+    model = Model.load(path)
+    adapters = [Adapter(p, model) for p in (first, again)]
+    for name in ("w1", "b1", "w2", "b2"):
+        one, other = (getattr(a.mapper, name) for a in adapters)
+        assert (one == other).all()
+    model.close()
+
+
+def test_averages(tmp_path: Path) -> None:
+    path, synthesis = trained(tmp_path, "llama")
+    one = save(tmp_path / "one", synthesis)
+    with torch.no_grad():
+        for parameter in synthesis.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    other = save(tmp_path / "other", synthesis)
+    out = tmp_path / "a.gguf"
+    sources = [str(one), str(other)]
+    done = pyps("convert", *sources, "--base", str(path), "-o", str(out), "--type", "f32", "--weights", "3,1")
+    assert done.returncode == 0, done.stderr
+    merged, _ = read_lora(out, read_base(path).shape)
+    original = read_checkpoint(one)
+    for module, (a, b) in original.lora.items():
+        np.testing.assert_allclose(merged[module][0], a + 0.25, atol=1e-6)
+        np.testing.assert_allclose(merged[module][1], b + 0.25, atol=1e-6)
+    model = Model.load(path)
+    mapper = Adapter(out, model).mapper
+    assert mapper and original.mapper
+    np.testing.assert_allclose(mapper.w1, original.mapper.w1 + 0.25, atol=1e-6)
+    model.close()
+    with pytest.raises(InputError, match="as many weights"):
+        to_gguf([one, other], out, path, layout="paper", weights=[1.0])
+    with pytest.raises(InputError, match="none negative, not all 0"):
+        to_gguf([one, other], out, path, layout="paper", weights=[0.0, 0.0])
+
+
+def test_a_mapper_alone_and_a_lora_alone(tmp_path: Path) -> None:
+    path, synthesis = trained(tmp_path, "llama")
+    checkpoint = save(tmp_path / "c", synthesis)
+    notes = to_gguf([checkpoint / "judger_lora"], tmp_path / "a.gguf", path, layout="paper")
+    assert notes == [], "a mapper beside the LoRA directory is found"
+    (checkpoint / "cache_mapper.pt").rename(tmp_path / "cache_mapper.pt")
+    notes = to_gguf([checkpoint], tmp_path / "lora.gguf", path, layout="paper")
+    assert "there is no mapper" in notes[0]
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "cache_mapper.pt").rename(tmp_path / "alone" / "cache_mapper.pt")
+    notes = to_gguf([tmp_path / "alone"], tmp_path / "mapper.gguf", path, layout="paper")
+    assert notes == ["there is no LoRA, only a mapper"]
+    model = Model.load(path)
+    assert Adapter(tmp_path / "mapper.gguf", model).lora is None
+    assert Adapter(tmp_path / "lora.gguf", model).mapper is None
+    model.close()
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("hostile"),)
+
+
+def break_mapper(folder: Path, **changes: Any) -> None:
+    state = torch.load(folder / "cache_mapper.pt", weights_only=True) | changes
+    torch.save({k: v for k, v in state.items() if v is not None}, folder / "cache_mapper.pt")
+
+
+def break_weights(folder: Path, name: str, tensor: torch.Tensor) -> None:
+    path = folder / "judger_lora" / "adapter_model.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(path) | {name: tensor}, path)
+
+
+def break_config(folder: Path, **changes: Any) -> None:
+    path = folder / "judger_lora" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: break_config(f, use_dora=True), "this is DoRA"),
+        (lambda f: break_config(f, bias="all"), "trained with biases"),
+        (lambda f: break_config(f, lora_bias=True), "a LoRA with biases"),
+        (lambda f: break_config(f, peft_type="VERA"), "this is 'VERA'; only LoRA"),
+        (lambda f: break_weights(f, f"{Q}.lora_magnitude_vector", torch.ones(3)), "a kind of LoRA that llama.cpp"),
+        (lambda f: break_weights(f, f"{Q}.lora_A.weight", torch.ones(4, 5)), "5 inputs"),
+        (lambda f: break_weights(f, f"{Q}.lora_A.weight", torch.ones(3, 5)), "incomplete or misshapen"),
+        (lambda f: break_weights(f, f"{Q}.lora_A.weight", torch.full((4, 64), np.nan)), "not finite"),
+        (lambda f: break_weights(f, "base_model.model.model.vision.0.x.lora_A.weight", torch.ones(4, 5)), "incomplete"),
+        (lambda f: break_mapper(f, **{"net.0.weight": torch.ones(32, 2)}), "w1 must be"),
+        (lambda f: break_mapper(f, **{"net.2.bias": torch.full((4,), np.inf)}), "not finite"),
+        (lambda f: break_mapper(f, **{"net.2.bias": None}), "a mapper has"),
+        (lambda f: (f / "cache_mapper.pt").write_bytes(pickle.dumps(Hostile())), "cannot be read as a mapper"),
+        (lambda f: (f / "cache_mapper.pt").write_bytes(b"PK\x03\x04"), "cannot be read as a mapper"),
+        (lambda f: (f / "cache_mapper_config.json").write_text("{"), "cache_mapper_config.json: cannot be read"),
+        (
+            lambda f: (f / "cache_mapper_config.json").write_text('{"metadata_features": "new"}'),
+            "metadata_features: new",
+        ),
+        (lambda f: (f / "judger_lora" / "adapter_model.safetensors").write_bytes(b"1234567890"), "is damaged"),
+        (lambda f: (f / "judger_lora" / "adapter_model.safetensors").unlink(), "missing"),
+        (lambda f: (f / "judger_lora" / "adapter_config.json").write_text("[]"), "must be a JSON object"),
+    ],
+)
+def test_what_cannot_be_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any, message: str) -> None:
+    path, synthesis = trained(tmp_path, "llama")
+    checkpoint = save(tmp_path / "c", synthesis)
+    spoil(checkpoint)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        to_gguf([checkpoint], tmp_path / "out" / "a.gguf", path, layout="paper")
+    assert not list((tmp_path / "out").glob("*")) and not (tmp_path / "hostile").exists()
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    path, synthesis = trained(tmp_path, "llama")
+    checkpoint = save(tmp_path / "c", synthesis)
+    other = write_model(tmp_path / "qwen3.gguf", **MODELS["qwen3"] | {"n_layers": 1})
+    out = tmp_path / "a.gguf"
+    for sources, base, message in (
+        ([tmp_path / "none"], path, "no such folder"),
+        ([tmp_path], path, "neither a LoRA"),
+        ([checkpoint], other, "has no model.layers.1"),
+        ([checkpoint], tmp_path / "unused.gguf", "not a language model"),
+        ([checkpoint], checkpoint / "cache_mapper.pt", "not a GGUF file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            to_gguf(sources, out, base, layout="paper")
+    with pytest.raises(InputError, match="is a folder"):
+        to_gguf([checkpoint], tmp_path, path, layout="paper")
+    to_gguf([checkpoint], out, path, layout="paper")
+    with pytest.raises(InputError, match="cannot be made"):
+        from_gguf(out, tmp_path, path)
+    with pytest.raises(InputError, match="not an adapter"):
+        from_gguf(path, tmp_path / "x", path)
+    assert pyps("convert", str(checkpoint), "-o", str(out), "--weights", "a,b").returncode == 2
+
+
+def test_an_adapter_for_other_weights_is_noticed(tmp_path: Path) -> None:
+    path, synthesis = trained(tmp_path, "llama")
+    to_gguf([save(tmp_path / "c", synthesis)], tmp_path / "a.gguf", path, layout="paper")
+    model = Model.load(write_model(tmp_path / "other.gguf", **MODELS["llama"] | {"seed": 5}))
+    assert "was trained on other weights" in Adapter(tmp_path / "a.gguf", model).warnings[0]
+    model.close()

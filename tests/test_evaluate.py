@@ -1,0 +1,105 @@
+"""pyps eval: its measures are what training's forward pass computes, and the command shows all modes."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_cli import pyps
+from test_train_synthesis import twin
+
+from pyps.adapter import Adapter
+from pyps.evaluate import MODES, evaluate, interval, summarise
+from pyps.examples.example import read_examples
+from pyps.examples.tokens import add_answers, lay_out
+from pyps.model import Model
+
+EXAMPLES = [
+    {"task": "Who?", "branches": [{"text": "Ann."}, {"text": "Not Bob."}], "family": "f", "answer": ["x"]},
+    {"task": "Where is it?", "branches": [{"prompt": "Look.", "text": "In Rome."}], "family": "g"},
+    {"task": "Why?", "branches": [{}, {"prompt": "Guess."}], "family": "g"},
+]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(e) + "\n" for e in EXAMPLES))
+    return path
+
+
+@pytest.mark.parametrize("layout", ["shared", "paper"])
+def test_measures_are_those_of_pytorch(tmp_path: Path, data: Path, layout: str) -> None:
+    _, synthesis, path, adapter_path = twin("llama", tmp_path)
+    model = Model.load(path)
+    adapter = Adapter(adapter_path, model)
+    examples = read_examples([data])
+    outcomes = list(evaluate(model, adapter, examples, layout, kv_type="f32"))
+    assert [o.mode for o in outcomes] == [m.name for m in MODES] * 3
+    for i, example in enumerate(examples):
+        mine = {o.mode: o for o in outcomes[len(MODES) * i : len(MODES) * (i + 1)]}
+        tokens = add_answers(model, lay_out(model, layout, [example], seed=i))
+        student, teacher, _, _ = (t.detach() for t in synthesis(tokens))
+        kl = (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum(-1)
+        assert mine["cache, adapter"].kl == pytest.approx(float(kl.mean()), rel=1e-2)
+        assert mine["cache, adapter"].kl_first == pytest.approx(float(kl[0]), rel=1e-2)
+        same = (student.argmax(-1) == teacher.argmax(-1)).float().mean()
+        assert mine["cache, adapter"].agreement == pytest.approx(float(same))
+        assert mine["text"].kl == 0 and mine["text"].agreement == 1
+        assert len({o.kl for o in mine.values()}) == len(MODES), "every mode is another computation"
+        assert (mine["text"].right is None) == (not example.answer)
+    model.close()
+
+
+def test_intervals() -> None:
+    assert interval(0, 0) == (0, 1)
+    assert interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert interval(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert interval(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
+
+
+def test_the_command(tmp_path: Path, data: Path) -> None:
+    _, _, path, adapter = twin("llama", tmp_path)
+    words = ["eval", str(data), "--model", str(path)]
+    done = pyps(*words, "--adapter", str(adapter), "--json", "--plot", str(tmp_path / "p.png"), "--limit", "1")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["adapter"] == str(adapter) and found["layout"] == "shared" and found["examples"] == 2
+    assert list(found["modes"]) == [m.name for m in MODES]
+    assert len(found["outcomes"]) == 2 * len(MODES)
+    text = found["modes"]["text"]
+    assert text["kl"] == 0 and text["accuracy"] == 0 and text["families"]["g"]["accuracy"] is None
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+    plain = pyps(*words, "--adapter", "none")
+    assert plain.returncode == 0, plain.stderr
+    assert [line.split("  ")[0] for line in plain.stdout.splitlines()[2:4]] == ["text", "cache"]
+    assert "adapter" not in plain.stdout
+
+
+def test_the_built_in_suite(smollm2_path: Path) -> None:
+    done = pyps("eval", "--limit", "1", "--json", "--adapter", "none")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["examples"] == 6
+    assert 0 < found["modes"]["cache"]["kl"] < 5
+    assert found["modes"]["cache"]["ttft_ms"] > 0
+
+
+def test_mistakes(tmp_path: Path, data: Path, tiny_path: Path) -> None:
+    for words, message in (
+        (["--model", str(tmp_path / "no.gguf")], "no such model file"),
+        (["--model", str(tiny_path), "--adapter", str(tmp_path / "no.gguf")], "no such adapter file"),
+        (["--model", str(tiny_path), "--plot", str(tmp_path / "none" / "p.png")], "cannot be written"),
+        (["--model", str(tiny_path), "--plot", str(tmp_path / "p.xyz")], "PNG, SVG or PDF"),
+        (["--model", str(tiny_path), "--limit", "0"], "Invalid value"),
+    ):
+        done = pyps("eval", str(data), *words)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+    long = {"task": "word " * 3000, "branches": [{"text": "x"}]}
+    data.write_text(json.dumps(long) + "\n")
+    done = pyps("eval", str(data), "--model", str(tiny_path))
+    assert done.returncode == 2 and "was trained on 2,048" in done.stderr, done.stderr
+
+
+def test_summaries() -> None:
+    assert summarise([]) == {}
