@@ -242,21 +242,33 @@ def _chosen(adapter: str) -> str | None:
 
 
 @main.command("eval", cls=_Command)
-@click.argument("data", required=False, type=click.Path(path_type=Path))
+@click.argument("data", required=False)
 @_model
 @_adapter
 @_layout
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only so many examples of each family.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1, 4096),
+    default=64,
+    show_default=True,
+    help="Limit of each answer, and of each branch that is generated.",
+)
+@click.option(
+    "--run-code", is_flag=True, help="Run what the model wrote, where an example has tests: in a process with limits."
+)
 @_kv_type
 @_threads
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead, every answer included.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw it too (PNG, SVG or PDF).")
 def evaluate(
-    data: Path | None,
+    data: str | None,
     model: str,
     adapter: str,
     layout: str | None,
     limit: int | None,
+    max_tokens: int,
+    run_code: bool,
     kv_type: str,
     threads: int | None,
     as_json: bool,
@@ -266,15 +278,20 @@ def evaluate(
 
     Text synthesis, cache synthesis without adapter, with its parts and with all of it, and text synthesis with the
     LoRA: right answers, KL divergence from text synthesis, agreement, time to first token. On DATA, a file of examples
-    (JSON lines, see docs/train.md), or on the built-in suite: six families of questions.
+    (JSON lines, see docs/train.md) or 'humaneval', or else on the built-in suite: six families of questions.
     """
     from pyps import evaluate as ev
     from pyps.examples.example import read_examples
+    from pyps.examples.humaneval import read_humaneval
 
     plots = _needs_extra("pyps.plot", "plot") if plot else None
     if plot and plots:
         plots.check(plot)  # before the work, not after
-    examples = _limited(read_examples([data]) if data else ev.read_suite(), limit)
+    if data is None:
+        examples = ev.read_suite()
+    else:
+        examples = read_humaneval() if data == "humaneval" else read_examples([Path(data)])
+    examples = _limited(examples, limit)
     with progress_bar(Console(stderr=True)) as report:
         fj = ForkJoin.from_pretrained(
             model,
@@ -291,6 +308,8 @@ def evaluate(
                     fj.adapter,
                     examples,
                     fj.layout,
+                    max_tokens=max_tokens,
+                    run_code=run_code,
                     kv_type=kv_type,
                     threads=threads,
                     report=lambda n: report(f"evaluating {len(examples)} examples", n / len(examples)),
@@ -450,16 +469,17 @@ def aggregation(
 @_source
 @_out
 @click.option("--task", default="prompt", show_default=True, help="The field with the task.")
-@click.option("--branches", default=3, show_default=True, help="Samples of each task.")
+@click.option("--branches", type=click.IntRange(1, 256), default=3, show_default=True, help="Samples of each task.")
+@click.option("--answer", help="The field with the right answer, for pyps eval.")
 @_split
-def distillation(source: str, out: Path, task: str, branches: int, split: str) -> None:
+def distillation(source: str, out: Path, task: str, branches: int, answer: str | None, split: str) -> None:
     """Tasks alone; the model writes branches and target itself when it is trained.
 
     SOURCE as for exposure.
     """
     from pyps.examples import builders
 
-    _examples(out, builders.distillation(builders.read_rows(source, split), task, branches))
+    _examples(out, builders.distillation(builders.read_rows(source, split), task, branches, answer))
 
 
 @main.command(cls=_Command)

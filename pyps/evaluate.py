@@ -23,8 +23,6 @@ from pyps.examples.example import Example, read_examples
 from pyps.examples.tokens import TokenExample, lay_out
 from pyps.model import Model
 
-_MOST_TOKENS = 64  # of an answer
-
 
 @dataclass(frozen=True)
 class Mode:
@@ -82,6 +80,8 @@ def evaluate(
     examples: Sequence[Example],
     layout: str,
     *,
+    max_tokens: int = 64,
+    run_code: bool = False,
     kv_type: str = "f16",
     threads: int | None = None,
     report: Callable[[int], None] = lambda n: None,
@@ -89,6 +89,8 @@ def evaluate(
     """Runs every example in every mode that the adapter's parts allow, and yields the outcomes as they come.
 
     Args:
+        max_tokens: most of an answer, and of a branch that is generated.
+        run_code: whether answers to examples with a program may be run (sandbox.py).
         report: called with the number of examples done.
 
     Raises:
@@ -99,8 +101,8 @@ def evaluate(
     has = {"mapper": adapter is not None and adapter.mapper is not None, "lora": adapter is not None and adapter.lora}
     modes = [m for m in MODES if (has["mapper"] or not m.mapper) and (has["lora"] or not m.lora)]
     for i, example in enumerate(examples):
-        (tokens,) = lay_out(model, layout, [example], seed=i)
-        with _Bench(model, adapter, tokens, kv_type, threads) as bench:
+        (tokens,) = lay_out(model, layout, [example], seed=i, branch_tokens=max_tokens)
+        with _Bench(model, adapter, tokens, max_tokens, kv_type, threads) as bench:
             reference = bench.answer(MODES[0])
             for mode in modes:
                 mine = reference if mode == MODES[0] else bench.answer(mode)
@@ -111,7 +113,7 @@ def evaluate(
                     mode.name,
                     example.family,
                     text.strip(),
-                    example.is_right(text) if example.answer else None,
+                    example.is_right(text, run_code),
                     float(kl.mean()),
                     float(kl[0]),
                     float((reference.logs.argmax(-1) == logs.argmax(-1)).mean()),
@@ -131,18 +133,24 @@ class _Bench:
     """One example's branches, encoded; and synthesizers for them without and with the LoRA."""
 
     def __init__(
-        self, model: Model, adapter: Adapter | None, e: TokenExample, kv_type: str, threads: int | None
+        self,
+        model: Model,
+        adapter: Adapter | None,
+        e: TokenExample,
+        max_tokens: int,
+        kv_type: str,
+        threads: int | None,
     ) -> None:
-        self._e, self._adapter, self._model = e, adapter, model
+        self._e, self._adapter, self._model, self._max_tokens = e, adapter, model, max_tokens
         self._end = 0  # of the prompt of the synthesizer that was asked last
         longest = max(len(p) + len(o) for p, o in e.branches)
-        cells = max(len(e.prefix) + len(e.pasted), e.n_cells + len(e.synthesizer)) + _MOST_TOKENS
+        cells = max(len(e.prefix) + len(e.pasted), e.n_cells + len(e.synthesizer)) + max_tokens
         if cells > model.n_ctx_train:
             raise InputError(f"an example needs {cells:,} positions; {model.name} was trained on {model.n_ctx_train:,}")
 
         def context(n_ctx: int, n_seq: int, adapter: Adapter | None = None) -> Context:
             options: dict[str, Any] = {"kv_type": kv_type, "threads": threads, "adapter": adapter}
-            return Context(model, n_ctx, n_seq, n_logits=_MOST_TOKENS, **options)
+            return Context(model, n_ctx, n_seq, n_logits=max_tokens, **options)
 
         self._contexts = [context(max(len(e.prefix) + longest, cells), len(e.branches)), context(cells, 1)]
         if adapter and adapter.lora:
@@ -176,7 +184,7 @@ class _Bench:
             if self._model.ends(token):
                 break
             tokens.append(token)
-            if len(tokens) == _MOST_TOKENS:
+            if len(tokens) == self._max_tokens:
                 break
             ctx.decode([Token(token, ctx.end(0), 0, logits=True)])
         return _Answer(tokens, np.stack(logs), ttft_ms)
@@ -188,8 +196,8 @@ class _Bench:
         last = self._prompt_tokens(mode)[-1]
         said = [last, *reference.tokens][: len(reference.logs)]
         rows = []
-        for start in range(0, len(said), _MOST_TOKENS):
-            chunk = said[start : start + _MOST_TOKENS]
+        for start in range(0, len(said), self._max_tokens):
+            chunk = said[start : start + self._max_tokens]
             at = self._end - 1 + start
             ctx.decode([Token(t, at + i, 0, logits=True) for i, t in enumerate(chunk)])
             rows += [_log_softmax(ctx.logits(i)) for i in range(len(chunk))]

@@ -80,12 +80,21 @@ def aggregation(
             )
 
 
-def distillation(rows: Iterable[dict[str, Any]], field: str, branches: int) -> Iterator[Example]:
-    """Tasks alone: the model generates the branches, and the text synthesizer the target."""
+def distillation(
+    rows: Iterable[dict[str, Any]], field: str, branches: int, answer: str | None = None
+) -> Iterator[Example]:
+    """Tasks alone: the model generates the branches, and the text synthesizer the target. With the field of the answer,
+    of which what follows "####" counts (GSM8K), they can be evaluated too."""
     for row in rows:
         task = str(_field(row, field)).strip()
+        right = str(_field(row, answer)).rpartition("####")[2].strip() if answer else ""
         if task:
-            yield Example(task=task, branches=[ExampleBranch()] * branches, family="distillation")
+            yield Example(
+                task=task,
+                branches=[ExampleBranch()] * branches,
+                answer=[right] if right else [],
+                family="distillation",
+            )
 
 
 def families(n: int, held_out: bool, seed: int) -> Iterator[Example]:

@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pyps.errors import InputError
 from pyps.layout import DEFAULT_SYNTHESIZE
+from pyps.sandbox import runs
+
+CODE = "<code>"  # in Example.program, where the answer's code goes
 
 
 class ExampleBranch(BaseModel):
@@ -26,7 +29,8 @@ class ExampleBranch(BaseModel):
 
 
 class Example(BaseModel):
-    """`family` groups examples in reports. A right answer contains all the texts of `answer` and none of `wrong`."""
+    """`family` groups examples in reports. A right answer contains all the texts of `answer` and none of `wrong`; or,
+    if there is a `program` and it may be run, its code, put in the place of <code>, lets that come to its end."""
 
     model_config = ConfigDict(extra="forbid")
     task: str = Field(min_length=1)
@@ -37,14 +41,25 @@ class Example(BaseModel):
     family: str = ""
     answer: list[str] = []
     wrong: list[str] = []
+    program: str | None = None
 
-    def is_right(self, said: str) -> bool:
-        """Whole words count, whatever their case."""
+    def is_right(self, said: str, run_code: bool = False) -> bool | None:
+        """None if the example does not say. Of texts, whole words count, whatever their case."""
+        if self.program is not None:
+            return runs(self.program.replace(CODE, _code_in(said))) if run_code else None
+        if not self.answer:
+            return None
 
         def contains(text: str) -> bool:
             return re.search(rf"(?<!\w){re.escape(text)}(?!\w)", said, re.IGNORECASE) is not None
 
         return all(map(contains, self.answer)) and not any(map(contains, self.wrong))
+
+
+def _code_in(answer: str) -> str:
+    """The first block of code; all of the answer if there is none."""
+    block = re.search(r"```(?:\w*\n)?(.*?)(?:```|\Z)", answer, re.DOTALL)
+    return block[1] if block else answer
 
 
 def read_examples(paths: Iterable[Path]) -> list[Example]:

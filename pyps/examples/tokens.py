@@ -10,7 +10,6 @@ from pyps.layout import Layout
 from pyps.model import Model
 from pyps.sampling import Sampling
 
-_BRANCH = Sampling(max_tokens=64)  # the runtime's defaults, but for the length
 _ANSWER = Sampling(temperature=0, repeat_penalty=1, max_tokens=64)
 
 
@@ -75,8 +74,11 @@ class TokenExample:
         return len(self.prefix) + limbs + len(self.pasted) + len(self.synthesizer) + 2 * len(self.answer)
 
 
-def lay_out(model: Model, layout: str, examples: Sequence[Example], seed: int) -> list[TokenExample]:
-    """Branches without a text are generated, all in one batch. Without a target the answer is empty."""
+def lay_out(
+    model: Model, layout: str, examples: Sequence[Example], seed: int, branch_tokens: int = 64
+) -> list[TokenExample]:
+    """Branches without a text are generated, all in one batch, of at most branch_tokens. Without a target the answer is
+    empty."""
     layouts = [Layout(model, layout, e.task, e.system, e.synthesize) for e in examples]
     prompts = [lay.prompts([b.prompt for b in e.branches]) for lay, e in zip(layouts, examples, strict=True)]
     missing = [
@@ -85,7 +87,7 @@ def lay_out(model: Model, layout: str, examples: Sequence[Example], seed: int) -
         for prompt, b in zip(p.branches, e.branches, strict=True)
         if b.text is None
     ]
-    outputs = iter(_generate(model, missing, _BRANCH, seed))
+    outputs = iter(_generate(model, missing, Sampling(max_tokens=branch_tokens), seed))
     found: list[TokenExample] = []
     for lay, p, e in zip(layouts, prompts, examples, strict=True):
         spans = [next(outputs).tokens if b.text is None else model.tokenize(b.text) for b in e.branches]

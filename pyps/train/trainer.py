@@ -105,6 +105,7 @@ class Trainer:
         )
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._rate)
         self.step = 0
+        self._encoding = 0.0, 0  # seconds spent on it, and examples
         self._resume()
         self._module = self._accelerator.prepare(self.synthesis)
 
@@ -119,6 +120,7 @@ class Trainer:
         """Train to the end, or until `stopped`, asked after every step, says so: the state is saved first."""
         if self.step == 0:
             self._measure()
+        self._encoding = 0.0, 0
         began, first = time.perf_counter(), self.step
         tokens = 0
         while self.step < self.config.steps:
@@ -127,7 +129,7 @@ class Trainer:
             measures = self._train(batch)
             self.step += 1
             took = time.perf_counter() - began
-            left = took / (self.step - first) * (self.config.steps - self.step)
+            left = self._left(took, self.step - first)
             self._log({"step": self.step, **asdict(measures)})
             self._report(
                 f"step {self.step}/{self.config.steps}  kl {measures.kl:.3f}  ce {measures.ce:.3f}  "
@@ -146,6 +148,14 @@ class Trainer:
             write_report(self.config.output, self.config.output / LOG)
             self._store.remove()
 
+    def _left(self, took: float, steps: int) -> float:
+        """Seconds, about: from these steps, and from what the first round over the data costs once."""
+        seconds, n = self._encoding
+        new = len(self._store.missing(range(self._n_train))) if self._store.fits else 0
+        ahead = (self.config.steps - self.step) * self.config.batch_size
+        encoding = seconds / n * min(new, ahead) if n else 0.0
+        return (took - seconds) / steps * (self.config.steps - self.step) + encoding
+
     def _batch(self, step: int) -> list[int]:
         """This process's share of the step's examples: from a new shuffle each time the data have been gone through."""
         size, n, rank = self.config.batch_size, self._accelerator.num_processes, self._accelerator.process_index
@@ -161,8 +171,11 @@ class Trainer:
         if not self._store.fits:
             return self.synthesis.encode([self._examples[i] for i in batch])
         missing = sorted(self._store.missing(sorted(set(soon))), key=lambda i: len(self._examples[i]))
+        began = time.perf_counter()
         for start in range(0, len(missing), _ENCODE_TOGETHER):
             self._store.fill(missing[start : start + _ENCODE_TOGETHER], self.synthesis.encode)
+        seconds, n = self._encoding
+        self._encoding = seconds + time.perf_counter() - began, n + len(missing)
         return [self._store.get(i) for i in batch]
 
     def _train(self, batch: list[int]) -> Measures:
