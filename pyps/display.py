@@ -218,8 +218,8 @@ def show_evaluation(console: Console, found: dict[str, Any]) -> None:
     """The object that `pyps eval --json` prints, as tables for people."""
     modes = found["modes"]
     table = Table(box=None, pad_edge=False)
-    for name in ("", "right", "(95 %)", "KL", "KL of the first", "agreement", "first token, ms"):
-        table.add_column(name, justify="right" if name else "left")
+    for name in ("", "right", "95 %", "KL", "KL first", "agreement", "ms"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for mode, m in modes.items():
         right = ["", ""]
         if m["accuracy"] is not None:
@@ -228,14 +228,18 @@ def show_evaluation(console: Console, found: dict[str, Any]) -> None:
             mode, *right, f"{m['kl']:.3f}", f"{m['kl_first']:.3f}", f"{m['agreement']:.0%}", f"{m['ttft_ms']:.0f}"
         )
     adapter = f", adapter {found['adapter']}" if found["adapter"] else ""
-    console.print(f"{found['model']}{adapter}, {found['layout']} layout, {found['examples']} examples", highlight=False)
+    console.print(
+        f"{found['model']}{adapter}, {found['layout']} layout, {found['examples']} examples",
+        highlight=False,
+        soft_wrap=True,
+    )
     console.print(table)
     families = list(modes["text"]["families"])
     for key, title, form in (("accuracy", "right", "{:.0%}"), ("kl", "KL", "{:.3f}")):
         table = Table(box=None, pad_edge=False)
-        table.add_column(f"\n{title}")
+        table.add_column(f"\n{title}", no_wrap=True)
         for family in families:
-            table.add_column(f"\n{family}", justify="right")
+            table.add_column(f"\n{family}", justify="right", no_wrap=True)
         for mode, m in modes.items():
             values = [m["families"][f][key] for f in families]
             table.add_row(mode, *("" if v is None else form.format(v) for v in values))

@@ -20,7 +20,7 @@ from pyps.adapter import Adapter
 from pyps.context import Context, Span, Token, join
 from pyps.errors import InputError
 from pyps.examples.example import Example, read_examples
-from pyps.examples.tokens import TokenExample, lay_out
+from pyps.examples.tokens import TokenExample, lay_out, text_of
 from pyps.model import Model
 
 
@@ -29,18 +29,20 @@ class Mode:
     """A way to answer: from the branches' caches or from their texts, with which parts of the adapter."""
 
     name: str
-    cache: bool
+    cache: bool = False
     mapper: bool = False
     lora: bool = False
+    backwards: bool = False  # the texts, the last branch's first
 
 
 MODES = (
-    Mode("text", cache=False),
+    Mode("text"),
+    Mode("text, backwards", backwards=True),  # what the order alone changes, of which joined caches have none
     Mode("cache", cache=True),
     Mode("cache, mapper", cache=True, mapper=True),
     Mode("cache, LoRA", cache=True, lora=True),
     Mode("cache, adapter", cache=True, mapper=True, lora=True),
-    Mode("text, LoRA", cache=False, lora=True),  # what the LoRA's training alone brings
+    Mode("text, LoRA", lora=True),  # what the LoRA's training alone brings
 )
 
 
@@ -102,13 +104,18 @@ def evaluate(
     modes = [m for m in MODES if (has["mapper"] or not m.mapper) and (has["lora"] or not m.lora)]
     for i, example in enumerate(examples):
         (tokens,) = lay_out(model, layout, [example], seed=i, branch_tokens=max_tokens)
-        with _Bench(model, adapter, tokens, max_tokens, kv_type, threads) as bench:
+        said = [
+            b.model_copy(update={"text": text_of(model, output)})
+            for b, (_, output) in zip(example.branches, tokens.branches, strict=True)
+        ]
+        (backwards,) = lay_out(model, layout, [example.model_copy(update={"branches": said[::-1]})], seed=i)
+        with _Bench(model, adapter, tokens, backwards.pasted, max_tokens, kv_type, threads) as bench:
             reference = bench.answer(MODES[0])
             for mode in modes:
                 mine = reference if mode == MODES[0] else bench.answer(mode)
                 logs = reference.logs if mode == MODES[0] else bench.judge(mode, reference)
                 kl = (np.exp(reference.logs) * (reference.logs - logs)).sum(-1)
-                text = b"".join(map(model.piece, mine.tokens)).decode(errors="replace")
+                text = text_of(model, mine.tokens)
                 yield Outcome(
                     mode.name,
                     example.family,
@@ -137,14 +144,17 @@ class _Bench:
         model: Model,
         adapter: Adapter | None,
         e: TokenExample,
+        backwards: list[int],
         max_tokens: int,
         kv_type: str,
         threads: int | None,
     ) -> None:
         self._e, self._adapter, self._model, self._max_tokens = e, adapter, model, max_tokens
+        self._backwards = backwards
         self._end = 0  # of the prompt of the synthesizer that was asked last
         longest = max(len(p) + len(o) for p, o in e.branches)
-        cells = max(len(e.prefix) + len(e.pasted), e.n_cells + len(e.synthesizer)) + max_tokens
+        pasted = max(len(e.pasted), len(backwards))
+        cells = max(len(e.prefix) + pasted, e.n_cells + len(e.synthesizer)) + max_tokens
         if cells > model.n_ctx_train:
             raise InputError(f"an example needs {cells:,} positions; {model.name} was trained on {model.n_ctx_train:,}")
 
@@ -207,6 +217,8 @@ class _Bench:
         return self._contexts[2 if mode.lora else 1]
 
     def _prompt_tokens(self, mode: Mode) -> list[int]:
+        if mode.backwards:
+            return self._backwards
         return self._e.synthesizer if mode.cache else self._e.pasted
 
     def _prompt(self, mode: Mode) -> tuple[Context, float]:

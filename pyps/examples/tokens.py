@@ -92,7 +92,7 @@ def lay_out(
     for lay, p, e in zip(layouts, prompts, examples, strict=True):
         spans = [next(outputs).tokens if b.text is None else model.tokenize(b.text) for b in e.branches]
         spans = [span or [model.end_of_turn] for span in spans]  # the model may have had nothing to say
-        texts = [b.text or _text(model, span) for b, span in zip(e.branches, spans, strict=True)]
+        texts = [b.text or text_of(model, span) for b, span in zip(e.branches, spans, strict=True)]
         names = [b.name or f"branch-{i + 1}" for i, b in enumerate(e.branches)]
         found.append(
             TokenExample(
@@ -125,7 +125,8 @@ def _generate(model: Model, prompts: Sequence[list[int]], sampling: Sampling, se
     return generations
 
 
-def _text(model: Model, tokens: Sequence[int]) -> str:
+def text_of(model: Model, tokens: Sequence[int]) -> str:
+    """What the tokens say; bytes that are no UTF-8 are replaced."""
     return b"".join(map(model.piece, tokens)).decode(errors="replace")
 
 
