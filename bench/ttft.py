@@ -75,7 +75,7 @@ def main() -> None:
     n, tokens = arguments.branches, arguments.tokens
     path = find_model(arguments.model)
 
-    with ForkJoin.from_pretrained(str(path), layout=arguments.layout) as fj:
+    with ForkJoin.from_pretrained(arguments.model, layout=arguments.layout) as fj:
         if arguments.memory:
             run_cache_side(fj, n, tokens, seed=1)
             scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, kilobytes elsewhere

@@ -81,6 +81,11 @@ class ForkJoin:
         self.model = model
         self.adapter = Adapter(adapter, self.model) if adapter is not None else None
         self.layout = layout or (self.adapter.layout if self.adapter else None) or "shared"
+        if self.adapter and self.adapter.layout not in (None, self.layout):
+            self.adapter.warnings.append(
+                f"{self.adapter.path.name} was trained for the {self.adapter.layout} layout, not for {self.layout}: "
+                f"answers may be poor"
+            )
         self._kv_type = kv_type
         self._n_ctx = n_ctx
         self._threads = threads

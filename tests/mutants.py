@@ -30,6 +30,7 @@ ROTATION = "tests/test_join.py::test_contents_after_rotation_and_mapping"
 MOVED = "tests/test_join.py::test_a_moved_span_is_what_llama_cpp_computes_there"
 TRIED = "tests/test_join.py::test_which_layers_have_positions_is_found_by_trying"
 ORACLE = "tests/test_oracle.py"
+SYNTHESIS = "tests/test_train_synthesis.py"
 
 MUTANTS = [
     Mutant(
@@ -121,6 +122,62 @@ MUTANTS = [
         "            p.src.push_back(c.index);",
         "            p.src.insert(std::upper_bound(p.src.begin(), p.src.end(), c.index), c.index);",
         ("tests/test_join.py::test_any_joins_do_what_the_model_says",),
+    ),
+    Mutant(
+        "training turns the branches the wrong way",
+        "pyps/examples/tokens.py",
+        "            delta += [self.branch_point - len(self.prefix) - len(prompt)] * n",
+        "            delta += [len(self.prefix) + len(prompt) - self.branch_point] * n",
+        (f"{SYNTHESIS}::test_it_computes_what_the_oracle_computes[llama]",),
+    ),
+    Mutant(
+        "no gradient reaches the mapper",
+        "pyps/train/synthesis.py",
+        "            a_k, b_k, a_v, b_v = _columns(table[:, i][span])",
+        "            a_k, b_k, a_v, b_v = _columns(table[:, i][span].detach())",
+        (f"{SYNTHESIS}::test_gradients_through_the_join",),
+    ),
+    Mutant(
+        "kept K and V change places",
+        "pyps/train/encoded.py",
+        "        k, v = cells.view(2, layers, heads, -1, head_dim)",
+        "        v, k = cells.view(2, layers, heads, -1, head_dim)",
+        ("tests/test_train.py::test_a_disk_without_room_for_what_is_kept",),
+    ),
+    Mutant(
+        "a resumed run begins its learning rate anew",
+        "pyps/train/trainer.py",
+        '        self._schedule.load_state_dict(state["schedule"])',
+        "        pass",
+        ("tests/test_train.py::test_an_interrupted_run_ends_as_one_that_was_not",),
+    ),
+    Mutant(
+        "rows of q and k stay as they are",
+        "pyps/convert/lora.py",
+        "        return b.reshape(heads, 2, -1, b.shape[1]).swapaxes(1, 2).reshape(b.shape)",
+        "        return b",
+        ("tests/test_convert.py::test_peft_directories[llama]",),
+    ),
+    Mutant(
+        "rsLoRA is taken for LoRA",
+        "pyps/convert/peft.py",
+        '        scaling = wanted / (math.sqrt(rank) if config.get("use_rslora") else rank)',
+        "        scaling = wanted / rank",
+        ("tests/test_convert.py::test_ranks_and_alphas_that_differ_between_layers[config2]",),
+    ),
+    Mutant(
+        "a mapper's file may hold a program",
+        "pyps/convert/peft.py",
+        '        state = torch.load(path, map_location="cpu", weights_only=True)',
+        '        state = torch.load(path, map_location="cpu", weights_only=False)',
+        ("tests/test_convert.py::test_no_program_in_a_checkpoint_is_run",),
+    ),
+    Mutant(
+        "KL divergence the other way round",
+        "pyps/evaluate.py",
+        "                kl = (np.exp(reference.logs) * (reference.logs - logs)).sum(-1)",
+        "                kl = (np.exp(logs) * (logs - reference.logs)).sum(-1)",
+        ("tests/test_evaluate.py::test_measures_are_those_of_pytorch[shared]",),
     ),
 ]
 

@@ -1,7 +1,6 @@
 """pyps convert: real PEFT checkpoints, the published layout among them, to GGUF and back; and those that cannot be."""
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from tiny import write_adapter, write_model
 
 from pyps.adapter import Adapter
 from pyps.convert.convert import from_gguf, read_base, to_gguf
-from pyps.convert.lora import read_lora
+from pyps.convert.lora import read_adapter
 from pyps.convert.peft import read_checkpoint
 from pyps.errors import InputError
 from pyps.model import Model
@@ -114,8 +113,8 @@ def test_there_and_back(tmp_path: Path, kind: str) -> None:
     peft.PeftConfig.from_pretrained(str(tmp_path / "back"))
     to_gguf([tmp_path / "back"], again, path, layout="shared", type=kind)
     shape = read_base(path).shape
-    want, _ = read_lora(first, shape)
-    got, _ = read_lora(again, shape)
+    _, want, _ = read_adapter(first, shape)
+    _, got, _ = read_adapter(again, shape)
     tolerance = {"f32": 0, "f16": 0, "bf16": 0, "q8_0": 1e-3}[kind]
     original = read_checkpoint(checkpoint).lora
     assert want.keys() == got.keys() == original.keys()
@@ -143,7 +142,7 @@ def test_averages(tmp_path: Path) -> None:
     sources = [str(one), str(other)]
     done = pyps("convert", *sources, "--base", str(path), "-o", str(out), "--type", "f32", "--weights", "3,1")
     assert done.returncode == 0, done.stderr
-    merged, _ = read_lora(out, read_base(path).shape)
+    _, merged, _ = read_adapter(out, read_base(path).shape)
     original = read_checkpoint(one)
     for module, (a, b) in original.lora.items():
         np.testing.assert_allclose(merged[module][0], a + 0.25, atol=1e-6)
@@ -175,11 +174,6 @@ def test_a_mapper_alone_and_a_lora_alone(tmp_path: Path) -> None:
     assert Adapter(tmp_path / "mapper.gguf", model).lora is None
     assert Adapter(tmp_path / "lora.gguf", model).mapper is None
     model.close()
-
-
-class Hostile:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (Path("hostile"),)
 
 
 def break_mapper(folder: Path, **changes: Any) -> None:
@@ -215,7 +209,6 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         (lambda f: break_mapper(f, **{"net.0.weight": torch.ones(32, 2)}), "w1 must be"),
         (lambda f: break_mapper(f, **{"net.2.bias": torch.full((4,), np.inf)}), "not finite"),
         (lambda f: break_mapper(f, **{"net.2.bias": None}), "a mapper has"),
-        (lambda f: (f / "cache_mapper.pt").write_bytes(pickle.dumps(Hostile())), "cannot be read as a mapper"),
         (lambda f: (f / "cache_mapper.pt").write_bytes(b"PK\x03\x04"), "cannot be read as a mapper"),
         (lambda f: (f / "cache_mapper_config.json").write_text("{"), "cache_mapper_config.json: cannot be read"),
         (
@@ -227,14 +220,28 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         (lambda f: (f / "judger_lora" / "adapter_config.json").write_text("[]"), "must be a JSON object"),
     ],
 )
-def test_what_cannot_be_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any, message: str) -> None:
+def test_what_cannot_be_converted(tmp_path: Path, spoil: Any, message: str) -> None:
     path, synthesis = trained(tmp_path, "llama")
     checkpoint = save(tmp_path / "c", synthesis)
     spoil(checkpoint)
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
         to_gguf([checkpoint], tmp_path / "out" / "a.gguf", path, layout="paper")
-    assert not list((tmp_path / "out").glob("*")) and not (tmp_path / "hostile").exists()
+    assert not list((tmp_path / "out").glob("*"))
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("hostile"),)
+
+
+def test_no_program_in_a_checkpoint_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, synthesis = trained(tmp_path, "llama")
+    checkpoint = save(tmp_path / "c", synthesis)
+    torch.save(Hostile(), checkpoint / "cache_mapper.pt")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="cannot be read as a mapper"):
+        to_gguf([checkpoint], tmp_path / "a.gguf", path, layout="paper")
+    assert not Path("hostile").exists()
 
 
 def test_mistakes(tmp_path: Path) -> None:

@@ -86,6 +86,24 @@ def test_an_interrupted_run_ends_as_one_that_was_not(folder: Path, tmp_path_fact
     assert log(folder) == whole[1]
 
 
+def test_going_on_from_an_adapter(folder: Path) -> None:
+    Trainer(read_config(config(folder, steps=30, lr_lora=1e-2, kl=0, ce=1, save_every=30))).run()
+    learned = log(folder)[-1]["held_out"]
+    adapter = (folder / "run" / ADAPTER).rename(folder / "a.gguf")
+    shutil.rmtree(folder / "run")
+    Trainer(read_config(config(folder, steps=1, start="a.gguf", lora={"rank": 4, "alpha": 32}))).run()
+    assert log(folder)[0]["held_out"] == pytest.approx(learned, rel=0.05)
+    for changes, message in (
+        ({"lora": {"rank": 8, "alpha": 8}}, "other layers or another rank"),
+        ({"mapper": {"hidden": 8}}, "another size than mapper says"),
+        ({"start": "m.gguf"}, "not an adapter"),
+        ({"start": "no.gguf"}, "no such adapter file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Trainer(read_config(config(folder, **{"start": str(adapter), "output": "other", **changes})))
+        shutil.rmtree(folder / "other")
+
+
 def test_the_command(folder: Path) -> None:
     done = pyps("train", str(config(folder, steps=2)))
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from tiny import mapper_metadata, write_adapter, write_model
 
 from pyps.adapter import Adapter
 from pyps.context import Context, Span, Token, join
-from pyps.convert.lora import Shape, read_lora
+from pyps.convert.lora import Shape, read_adapter
 from pyps.convert.lora import write_adapter as export
 from pyps.examples.tokens import TokenExample
 from pyps.mapper import Mapper
@@ -48,7 +48,7 @@ def twin(name: str, folder: Path) -> tuple[Oracle, Synthesis, Path, Path]:
     shape = {key: options[key] for key in ("arch", "n_layers") if key in options}
     adapter = write_adapter(folder / "a.gguf", mapper=mapper_metadata(4), **shape)
     oracle = Oracle(path, adapter)
-    lora, alpha = read_lora(adapter, Shape(options["arch"], oracle.n_layers, 4, 2))
+    _, lora, alpha = read_adapter(adapter, Shape(options["arch"], oracle.n_layers, 4, 2))
     targets = sorted({module.rpartition(".")[2] for module in lora})
     config = peft.LoraConfig(r=4, lora_alpha=int(alpha), target_modules=targets, task_type="CAUSAL_LM")
     model: Any = peft.get_peft_model(Oracle(path, adapter)._base, config)

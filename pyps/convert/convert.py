@@ -7,7 +7,7 @@ from pathlib import Path
 
 import gguf
 
-from pyps.convert.lora import Shape, read_lora, tensor_names, write_adapter
+from pyps.convert.lora import Shape, read_adapter, tensor_names, write_adapter
 from pyps.convert.peft import merge, read_checkpoint, write_checkpoint
 from pyps.errors import InputError
 from pyps.mapper import Mapper
@@ -108,18 +108,7 @@ def to_gguf(
 
 def from_gguf(source: Path, output: Path, base_path: Path) -> list[str]:
     """Write a GGUF adapter as a PEFT LoRA directory with its mapper in it. Raises InputError."""
-    check_gguf(source, "adapter")
     base = read_base(base_path)
-    try:
-        reader = gguf.GGUFReader(source)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-    except Exception as error:
-        # see read_base
-        raise InputError(f"{source}: the file is damaged ({type(error).__name__}: {error})") from None
-    if metadata.get(gguf.Keys.General.TYPE) != gguf.GGUFType.ADAPTER:
-        raise InputError(f"{source}: not an adapter")
-    if metadata.get(gguf.Keys.General.ARCHITECTURE) != base.shape.arch:
-        raise InputError(f"{source}: made for {metadata.get(gguf.Keys.General.ARCHITECTURE)!r} models")
-    lora, alpha = read_lora(source, base.shape)
+    metadata, lora, alpha = read_adapter(source, base.shape)
     write_checkpoint(output, lora, alpha, Mapper.from_metadata(metadata), str(metadata.get("pyps.base.name", "")))
     return []

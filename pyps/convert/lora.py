@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from pyps.errors import InputError
 from pyps.mapper import Mapper
+from pyps.model import check_gguf
 
 VERSION = 1
 TYPES = {name: gguf.GGMLQuantizationType[name.upper()] for name in ("f32", "f16", "bf16", "q8_0")}
@@ -132,11 +134,25 @@ def write_adapter(
         partial.unlink(missing_ok=True)
 
 
-def read_lora(path: Path, shape: Shape) -> tuple[Lora, float]:
-    """The LoRA of an adapter file by Transformers' names, and its alpha. Raises InputError for an unknown tensor."""
+def read_adapter(path: Path, shape: Shape) -> tuple[dict[str, Any], Lora, float]:
+    """An adapter file's metadata, its LoRA by Transformers' names, and its alpha.
+
+    Raises InputError: not an adapter for this shape's architecture, damaged, or with a tensor that Transformers has no
+    name for.
+    """
     shape.check()
-    reader = gguf.GGUFReader(path)
-    parts = {t.name: np.array(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
+    check_gguf(path, "adapter")
+    try:
+        reader = gguf.GGUFReader(path)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        parts = {t.name: np.array(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
+    except Exception as error:
+        # gguf's reader indexes a memory map without checks: a damaged file shows as almost any exception
+        raise InputError(f"{path}: the file is damaged ({type(error).__name__}: {error})") from None
+    if metadata.get(gguf.Keys.General.TYPE) != gguf.GGUFType.ADAPTER:
+        raise InputError(f"{path}: not an adapter")
+    if (arch := metadata.get(gguf.Keys.General.ARCHITECTURE)) != shape.arch:
+        raise InputError(f"{path}: made for {arch!r} models, not for {shape.arch!r}")
     modules = _modules(shape)
     lora: Lora = {}
     for name, a in parts.items():
@@ -147,7 +163,7 @@ def read_lora(path: Path, shape: Shape) -> tuple[Lora, float]:
             raise InputError(f"{path}: tensor {name!r} is not half of a LoRA that Transformers has a name for")
         module = modules[tensor]
         lora[module] = a, shape.from_gguf(module.rpartition(".")[2], parts[f"{tensor}.weight.lora_b"])
-    return lora, float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
+    return metadata, lora, float(metadata.get(gguf.Keys.Adapter.LORA_ALPHA, 1.0))
 
 
 def _modules(shape: Shape) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What a training run is asked to do: a YAML file, saved beside what it makes."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -44,6 +44,7 @@ class TrainConfig(_Strict):
     data: files of examples (data.py), used in a shuffled order, again and again until `steps` are done.
     held_out: examples to measure on; none of their entities should be in data.
     output: the folder to write to.
+    start: an adapter (GGUF) to go on from, trained with the same lora and mapper; None: from nothing.
     layout: of the prompts; written into the adapter.
     kl, ce: weights of the losses: KL divergence from the text synthesizer's distribution, cross-entropy on the target.
     steps, batch_size: of the optimizer, and examples in each.
@@ -55,6 +56,7 @@ class TrainConfig(_Strict):
     data: list[Path] = Field(min_length=1)
     held_out: list[Path] = []
     output: Path
+    start: Path | None = None
     layout: LayoutName = "shared"
     kl: float = Field(1.0, ge=0)
     ce: float = Field(0.0, ge=0)
@@ -82,5 +84,6 @@ def read_config(path: Path) -> TrainConfig:
     if config.kl == config.ce == 0:
         raise InputError(f"{path}: kl and ce are both 0: there is nothing to learn from")
     here = path.parent
-    paths = {"data": [here / p for p in config.data], "held_out": [here / p for p in config.held_out]}
+    paths: dict[str, Any] = {"data": [here / p for p in config.data], "held_out": [here / p for p in config.held_out]}
+    paths["start"] = here / config.start if config.start else None
     return config.model_copy(update={**paths, "output": here / config.output})

@@ -1,6 +1,7 @@
 """What needs no gradient, computed once for each example and kept on disk: it is five sixths of a step's work."""
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,8 +40,12 @@ class EncodedStore:
         self.fits = there or self.n_bytes < shutil.disk_usage(folder).free / 2
         if not self.fits:
             return
-        self._values = _map(self._files[0], np.float16, int(self._starts[-1]))
-        self._done = _map(self._files[1], np.uint8, len(examples))
+        try:
+            self._values = _map(self._files[0], np.float16, int(self._starts[-1]))
+            self._done = _map(self._files[1], np.uint8, len(examples))
+        except OSError:
+            self.fits = False
+            self.remove()
 
     def missing(self, which: Sequence[int]) -> list[int]:
         return [i for i in which if not self._done[i]]
@@ -67,6 +72,11 @@ class EncodedStore:
 
 
 def _map(path: Path, dtype: type, length: int) -> np.memmap:
+    """A file of zeros, if it is not there. Its disk space is taken now: writing to a mapped page that the disk has no
+    room for kills the process."""
+    size = length * np.dtype(dtype).itemsize
     with path.open("ab") as file:
-        file.truncate(length * np.dtype(dtype).itemsize)  # zeros, and no disk before they are written to
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        file.truncate(size)
     return np.memmap(path, dtype, "r+", shape=(length,))

@@ -18,9 +18,10 @@ import transformers
 import yaml
 from torch.nn.functional import cross_entropy
 
-from pyps.convert.lora import Lora, Shape, write_adapter
+from pyps.convert.lora import Lora, Shape, read_adapter, write_adapter
 from pyps.errors import InputError
 from pyps.examples.example import read_examples
+from pyps.mapper import Mapper
 from pyps.model import Model
 from pyps.models import find_model
 from pyps.train.config import TrainConfig
@@ -88,6 +89,8 @@ class Trainer:
         finally:
             model.close()
         self.synthesis, self._shape = _build(config, path, arch)
+        if config.start:
+            load_adapter(self.synthesis, config.start, self._shape)
         with self._accelerator.main_process_first():
             self._store = EncodedStore(config.output, self._examples, self.synthesis.sizes)
         size = f"{self._store.n_bytes / 1e9:.1f} GB in {config.output}"
@@ -106,8 +109,8 @@ class Trainer:
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._rate)
         self.step = 0
         self._encoding = 0.0, 0  # seconds spent on it, and examples
-        self._resume()
         self._module = self._accelerator.prepare(self.synthesis)
+        self._resume()  # what is loaded goes to where the parameters are
 
     def _rate(self, step: int) -> float:
         """Share of the peak learning rate: up in `warmup` steps, then down to a tenth along a cosine."""
@@ -136,7 +139,7 @@ class Trainer:
                 f"{tokens / took:,.0f} tokens/s  {left / 60:.0f} min left"
             )
             # every process must hear of it, or the others wait for one that has left
-            stop = bool(self._accelerator.reduce(torch.tensor(float(stopped()))).item())
+            stop = bool(self._accelerator.reduce(self._tensor([stopped()])).item())
             if self.step % self.config.save_every == 0 or self.step == self.config.steps:
                 self._measure()
                 self._save()
@@ -215,8 +218,11 @@ class Trainer:
     def _mean(self, found: Sequence[Measures], sizes: Sequence[int]) -> Measures:
         """Over all examples of all processes."""
         sums = [sum(n * asdict(f)[name] for f, n in zip(found, sizes, strict=True)) for name in _NAMES]
-        total = self._accelerator.reduce(torch.tensor([*sums, sum(sizes)], dtype=torch.float64)).tolist()
+        total = self._accelerator.reduce(self._tensor([*sums, sum(sizes)])).tolist()
         return Measures(*(x / total[-1] for x in total[:-1]))
+
+    def _tensor(self, values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self._accelerator.device)
 
     def _log(self, values: dict[str, Any]) -> None:
         if self._accelerator.is_main_process:
@@ -253,7 +259,7 @@ class Trainer:
         if not path.exists():
             return
         try:
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             # whatever unpickling a damaged file may raise
             raise InputError(f"{path}: the checkpoint is damaged: remove it to begin anew ({error})") from None
@@ -333,6 +339,29 @@ def _build(config: TrainConfig, path: Path, arch: str) -> tuple[Synthesis, Shape
     except ValueError as error:
         raise InputError(f"lora.targets: {error}") from None
     return Synthesis(model, CacheMapper(config.mapper.features, config.mapper.hidden)), shape
+
+
+def load_adapter(synthesis: Synthesis, path: Path, shape: Shape) -> None:
+    """Gives a model with a LoRA the values of an adapter file. Raises InputError if they are of other shapes."""
+    metadata, lora, alpha = read_adapter(path, shape)
+    linear = {n: m for n, m in synthesis.model.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    has = {
+        n: (tuple(m.lora_A["default"].weight.shape), tuple(m.lora_B["default"].weight.shape)) for n, m in linear.items()
+    }
+    if has != {n: (a.shape, b.shape) for n, (a, b) in lora.items()}:
+        raise InputError(f"{path}: its LoRA has other layers or another rank than lora says")
+    mapper = Mapper.from_metadata(metadata)
+    mine = synthesis.mapper
+    if mapper and (mapper.features, len(mapper.b1)) != (mine.features, mine.inner.out_features):
+        raise InputError(f"{path}: its mapper has other inputs or another size than mapper says")
+    with torch.no_grad():
+        for name, (a, b) in lora.items():
+            parts = linear[name].lora_A["default"].weight, linear[name].lora_B["default"].weight
+            # the scale is the file's alpha over the rank there, and this run's here
+            parts[0].copy_(torch.from_numpy(a.copy()))
+            parts[1].copy_(torch.from_numpy(b * np.float32(alpha / (linear[name].scaling["default"] * a.shape[0]))))
+        if mapper:
+            mine.load_state_dict(CacheMapper.from_runtime(mapper).state_dict())
 
 
 def extract_lora(model: Any) -> Lora:
