@@ -16,6 +16,7 @@ import peft
 import torch
 import transformers
 import yaml
+from pydantic import ValidationError
 from torch.nn.functional import cross_entropy
 
 from pyps.convert.lora import Lora, Shape, read_adapter, write_adapter
@@ -304,11 +305,13 @@ def _check_output(config: TrainConfig) -> None:
     path = config.output / "config.yaml"
     try:
         config.output.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.read_text() != text:
+        if path.exists() and TrainConfig.model_validate(yaml.safe_load(path.read_text())) != config:
             raise InputError(f"{config.output} holds a run with another config: choose another output, or remove it")
         path.write_text(text)
     except OSError as error:
         raise InputError(f"{config.output}: cannot be written to: {error}") from None
+    except (ValidationError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not a config of this version of pyps: remove {config.output} ({error})") from None
 
 
 def _build(config: TrainConfig, path: Path, arch: str) -> tuple[Synthesis, Shape]:
@@ -345,9 +348,8 @@ def load_adapter(synthesis: Synthesis, path: Path, shape: Shape) -> None:
     """Gives a model with a LoRA the values of an adapter file. Raises InputError if they are of other shapes."""
     metadata, lora, alpha = read_adapter(path, shape)
     linear = {n: m for n, m in synthesis.model.get_base_model().named_modules() if hasattr(m, "lora_A")}
-    has = {
-        n: (tuple(m.lora_A["default"].weight.shape), tuple(m.lora_B["default"].weight.shape)) for n, m in linear.items()
-    }
+    parts = {n: (m.lora_A["default"].weight, m.lora_B["default"].weight) for n, m in linear.items()}
+    has = {n: (tuple(a.shape), tuple(b.shape)) for n, (a, b) in parts.items()}
     if has != {n: (a.shape, b.shape) for n, (a, b) in lora.items()}:
         raise InputError(f"{path}: its LoRA has other layers or another rank than lora says")
     mapper = Mapper.from_metadata(metadata)
@@ -356,10 +358,10 @@ def load_adapter(synthesis: Synthesis, path: Path, shape: Shape) -> None:
         raise InputError(f"{path}: its mapper has other inputs or another size than mapper says")
     with torch.no_grad():
         for name, (a, b) in lora.items():
-            parts = linear[name].lora_A["default"].weight, linear[name].lora_B["default"].weight
             # the scale is the file's alpha over the rank there, and this run's here
-            parts[0].copy_(torch.from_numpy(a.copy()))
-            parts[1].copy_(torch.from_numpy(b * np.float32(alpha / (linear[name].scaling["default"] * a.shape[0]))))
+            scale = np.float32(alpha / (linear[name].scaling["default"] * a.shape[0]))
+            parts[name][0].copy_(torch.from_numpy(a.copy()))
+            parts[name][1].copy_(torch.from_numpy(b * scale))
         if mapper:
             mine.load_state_dict(CacheMapper.from_runtime(mapper).state_dict())
 
