@@ -5,6 +5,7 @@
 # make mutants breaks the implementation on purpose, line by line, and sees whether the tests notice
 # make soak    a thousand forks, joins and generations in one process: memory must stay where it is
 # make bench   time to first token, cache against text, and peak memory (bench/ttft.py)
+# make adapter trains the adapter that comes with pyps (models/): two hours, resumable
 # make clean   remove .venv and build
 #
 # The first build compiles llama-cpp-python (three to ten minutes); its wheel is kept in WHEELS for the next clone.
@@ -33,7 +34,7 @@ WHEELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/pyps/wheels/$(LLAMA)-$(KEY)
 
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_FIND_LINKS="$(WHEELS) $(PIP_FIND_LINKS)" $(BIN)/python -m pip
 
-.PHONY: demo test lint exact mutants soak bench clean
+.PHONY: demo test lint exact mutants soak bench adapter clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -59,6 +60,14 @@ soak: $(VENV)/installed-test
 
 bench: $(VENV)/installed-test
 	$(BIN)/python bench/ttft.py
+
+# held-out entities and phrasings stay out of the examples; the suite of `pyps eval` has others of those
+adapter: $(VENV)/installed-test
+	mkdir -p build/adapter
+	cp models/smollm2-135m-instruct.yaml build/adapter/train.yaml
+	$(BIN)/pyps data families build/adapter/examples --train 1600 --held-out 56
+	$(BIN)/pyps train build/adapter/train.yaml
+	cp build/adapter/run/adapter.gguf models/smollm2-135m-instruct.gguf
 
 clean:
 	rm -rf $(VENV) build

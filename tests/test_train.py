@@ -98,6 +98,7 @@ def test_going_on_from_an_adapter(folder: Path) -> None:
         ({"mapper": {"hidden": 8}}, "another size than mapper says"),
         ({"start": "m.gguf"}, "not an adapter"),
         ({"start": "no.gguf"}, "no such adapter file"),
+        ({"start": "auto"}, "pyps has no adapter for"),
     ):
         with pytest.raises(InputError, match=message):
             Trainer(read_config(config(folder, **{"start": str(adapter), "output": "other", **changes})))

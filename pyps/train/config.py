@@ -44,7 +44,8 @@ class TrainConfig(_Strict):
     data: files of examples (data.py), used in a shuffled order, again and again until `steps` are done.
     held_out: examples to measure on; none of their entities should be in data.
     output: the folder to write to.
-    start: an adapter (GGUF) to go on from, trained with the same lora and mapper; None: from nothing.
+    start: an adapter (GGUF) to go on from, trained with the same lora and mapper; "auto": the one that comes with pyps
+        for this base; None: from nothing.
     layout: of the prompts; written into the adapter.
     kl, ce: weights of the losses: KL divergence from the text synthesizer's distribution, cross-entropy on the target.
     steps, batch_size: of the optimizer, and examples in each.
@@ -56,7 +57,7 @@ class TrainConfig(_Strict):
     data: list[Path] = Field(min_length=1)
     held_out: list[Path] = []
     output: Path
-    start: Path | None = None
+    start: Path | Literal["auto"] | None = None
     layout: LayoutName = "shared"
     kl: float = Field(1.0, ge=0)
     ce: float = Field(0.0, ge=0)
@@ -85,5 +86,5 @@ def read_config(path: Path) -> TrainConfig:
         raise InputError(f"{path}: kl and ce are both 0: there is nothing to learn from")
     here = path.parent
     paths: dict[str, Any] = {"data": [here / p for p in config.data], "held_out": [here / p for p in config.held_out]}
-    paths["start"] = here / config.start if config.start else None
+    paths["start"] = here / config.start if isinstance(config.start, Path) else config.start
     return config.model_copy(update={**paths, "output": here / config.output})

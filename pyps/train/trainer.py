@@ -24,7 +24,7 @@ from pyps.errors import InputError
 from pyps.examples.example import read_examples
 from pyps.mapper import Mapper
 from pyps.model import Model
-from pyps.models import find_model
+from pyps.models import find_adapter, find_model
 from pyps.train.config import TrainConfig
 from pyps.train.data import prepare
 from pyps.train.encoded import EncodedStore
@@ -75,6 +75,8 @@ class Trainer:
         self.config = config
         self._accelerator = accelerate.Accelerator(cpu=not torch.cuda.is_available())
         self._report = report if self._accelerator.is_main_process else lambda line: None
+        if config.batch_size % (n := self._accelerator.num_processes):
+            raise InputError(f"batch_size: {config.batch_size} examples cannot be shared by {n} processes")
         with self._accelerator.main_process_first():
             _check_output(config)
         path = find_model(config.base)
@@ -91,7 +93,10 @@ class Trainer:
             model.close()
         self.synthesis, self._shape = _build(config, path, arch)
         if config.start:
-            load_adapter(self.synthesis, config.start, self._shape)
+            start = find_adapter(config.start, config.base)
+            if start is None:
+                raise InputError(f"start: pyps has no adapter for {config.base}")
+            load_adapter(self.synthesis, start, self._shape)
         with self._accelerator.main_process_first():
             self._store = EncodedStore(config.output, self._examples, self.synthesis.sizes)
         size = f"{self._store.n_bytes / 1e9:.1f} GB in {config.output}"
@@ -175,6 +180,8 @@ class Trainer:
         if not self._store.fits:
             return self.synthesis.encode([self._examples[i] for i in batch])
         missing = sorted(self._store.missing(sorted(set(soon))), key=lambda i: len(self._examples[i]))
+        if missing:
+            self._report(f"computing the caches of {len(missing)} examples")
         began = time.perf_counter()
         for start in range(0, len(missing), _ENCODE_TOGETHER):
             self._store.fill(missing[start : start + _ENCODE_TOGETHER], self.synthesis.encode)
@@ -184,7 +191,8 @@ class Trainer:
 
     def _train(self, batch: list[int]) -> Measures:
         window = self.step // _STEPS_AHEAD * _STEPS_AHEAD  # the same steps together after an interruption
-        soon = [i for step in range(window, window + _STEPS_AHEAD) for i in self._batch(step)]
+        steps = range(window, min(window + _STEPS_AHEAD, self.config.steps))
+        soon = [i for step in steps for i in self._batch(step)]
         examples = [self._examples[i] for i in batch]
         self._optimizer.zero_grad()
         kl, ce, measures = _losses(*self._module(examples, self._encode(batch, soon)))
