@@ -206,8 +206,7 @@ def run(
             threads=threads,
         )
     with fj, _Interrupt() as interrupt:
-        for warning in fj.adapter.warnings if fj.adapter else []:
-            click.echo(f"pyps: warning: {warning}", err=True)
+        _show_warnings(fj)
         events = fj.stream(
             text,
             branches,
@@ -235,6 +234,11 @@ def doctor(model: str | None, as_json: bool) -> None:
     with progress_bar(Console(stderr=True)) as report:
         found = examine(find_model(model, report) if model else None)
     click.echo(found.to_json() if as_json else found.to_text())
+
+
+def _show_warnings(fj: ForkJoin) -> None:
+    for warning in fj.adapter.warnings if fj.adapter else []:
+        click.echo(f"pyps: warning: {warning}", err=True)
 
 
 def _chosen(adapter: str) -> str | None:
@@ -293,15 +297,10 @@ def evaluate(
         examples = read_humaneval() if data == "humaneval" else read_examples([Path(data)])
     examples = _limited(examples, limit)
     with progress_bar(Console(stderr=True)) as report:
-        fj = ForkJoin.from_pretrained(
-            model,
-            progress=report,
-            adapter=_chosen(adapter),
-            layout=layout,
-            kv_type=kv_type,
-            threads=threads,
-        )
-        with fj:
+        path = _chosen(adapter)
+        fj = ForkJoin.from_pretrained(model, progress=report, adapter=path, layout=layout, kv_type=kv_type)
+        with fj, _Interrupt() as interrupt:
+            _show_warnings(fj)
             outcomes = list(
                 ev.evaluate(
                     fj.model,
@@ -313,22 +312,27 @@ def evaluate(
                     kv_type=kv_type,
                     threads=threads,
                     report=lambda n: report(f"evaluating {len(examples)} examples", n / len(examples)),
+                    stopped=lambda: interrupt.asked,
                 )
             )
+            modes = ev.summarise(outcomes)
             found = {
                 "model": fj.model.name,
                 "adapter": str(fj.adapter.path) if fj.adapter else None,
                 "layout": fj.layout,
-                "examples": len(examples),
-                "modes": ev.summarise(outcomes),
+                "examples": modes["text"]["examples"] if modes else 0,
+                "modes": modes,
             }
-    if plot and plots:
-        plots.save(plots.draw_evaluation(found["modes"]), plot)
+    if plot and plots and modes:
+        plots.save(plots.draw_evaluation(modes), plot)
     if as_json:
         answers = [asdict(o) for o in outcomes]
         click.echo(json.dumps(found | {"outcomes": answers}, ensure_ascii=False, indent=2))
-    else:
+    elif modes:
         show_evaluation(Console(), found)
+    if interrupt.asked:
+        click.echo(f"pyps: stopped after {found['examples']} of {len(examples)} examples", err=True)
+        sys.exit(130)
 
 
 def _limited(examples: "list[Example]", limit: int | None) -> "list[Example]":

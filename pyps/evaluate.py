@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyps.adapter import Adapter
-from pyps.context import Context, Span, Token, join
+from pyps.context import Context, Span, Token, join, needs_flash_attn
 from pyps.errors import InputError
 from pyps.examples.example import Example, read_examples
 from pyps.examples.tokens import TokenExample, lay_out, text_of
@@ -87,6 +87,7 @@ def evaluate(
     kv_type: str = "f16",
     threads: int | None = None,
     report: Callable[[int], None] = lambda n: None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Outcome]:
     """Runs every example in every mode that the adapter's parts allow, and yields the outcomes as they come.
 
@@ -94,6 +95,7 @@ def evaluate(
         max_tokens: most of an answer, and of a branch that is generated.
         run_code: whether answers to examples with a program may be run (sandbox.py).
         report: called with the number of examples done.
+        stopped: asked before each example; once true, those that are done are all.
 
     Raises:
         RefusedError: the model's caches cannot be joined.
@@ -103,6 +105,8 @@ def evaluate(
     has = {"mapper": adapter is not None and adapter.mapper is not None, "lora": adapter is not None and adapter.lora}
     modes = [m for m in MODES if (has["mapper"] or not m.mapper) and (has["lora"] or not m.lora)]
     for i, example in enumerate(examples):
+        if stopped():
+            return
         (tokens,) = lay_out(model, layout, [example], seed=i, branch_tokens=max_tokens)
         said = [
             b.model_copy(update={"text": text_of(model, output)})
@@ -159,8 +163,16 @@ class _Bench:
             raise InputError(f"an example needs {cells:,} positions; {model.name} was trained on {model.n_ctx_train:,}")
 
         def context(n_ctx: int, n_seq: int, adapter: Adapter | None = None) -> Context:
-            options: dict[str, Any] = {"kv_type": kv_type, "threads": threads, "adapter": adapter}
-            return Context(model, n_ctx, n_seq, n_logits=max_tokens, **options)
+            return Context(
+                model,
+                n_ctx,
+                n_seq,
+                kv_type=kv_type,
+                flash_attn=needs_flash_attn(kv_type),
+                threads=threads,
+                n_logits=max_tokens,
+                adapter=adapter,
+            )
 
         self._contexts = [context(max(len(e.prefix) + longest, cells), len(e.branches)), context(cells, 1)]
         if adapter and adapter.lora:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import peft
 import pytest
@@ -76,6 +77,9 @@ def test_the_published_layout(tmp_path: Path) -> None:
     model = Model.load(path)
     assert Adapter(out, model).layout == "paper"
     model.close()
+    stock = llama_cpp.Llama(str(path), lora_path=str(out), n_ctx=64, verbose=False)  # an ordinary LoRA, to others
+    assert stock.create_completion("a", max_tokens=2)["usage"]["completion_tokens"] == 2
+    stock.close()
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gemma3"])
@@ -206,6 +210,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         (lambda f: break_weights(f, f"{Q}.lora_A.weight", torch.ones(3, 5)), "incomplete or misshapen"),
         (lambda f: break_weights(f, f"{Q}.lora_A.weight", torch.full((4, 64), np.nan)), "not finite"),
         (lambda f: break_weights(f, "base_model.model.model.vision.0.x.lora_A.weight", torch.ones(4, 5)), "incomplete"),
+        (lambda f: break_weights(f, f"{Q}.lora_A.weight", torch.full((4, 64), 1e5)), "too large for f16"),
         (lambda f: break_mapper(f, **{"net.0.weight": torch.ones(32, 2)}), "w1 must be"),
         (lambda f: break_mapper(f, **{"net.2.bias": torch.full((4,), np.inf)}), "not finite"),
         (lambda f: break_mapper(f, **{"net.2.bias": None}), "a mapper has"),
@@ -244,6 +249,27 @@ def test_no_program_in_a_checkpoint_is_run(tmp_path: Path, monkeypatch: pytest.M
     assert not Path("hostile").exists()
 
 
+@pytest.mark.parametrize("back", [False, True])
+def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: bool) -> None:
+    path, synthesis = trained(tmp_path, "llama")
+    checkpoint = save(tmp_path / "c", synthesis)
+    adapter = tmp_path / "a.gguf"
+    to_gguf([checkpoint], adapter, path, layout="paper")
+    before = sorted(tmp_path.iterdir())
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gguf.GGUFWriter.write_tensors_to_file", interrupt)
+    monkeypatch.setattr("pyps.convert.peft.save_file", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        if back:
+            from_gguf(adapter, tmp_path / "back", path)
+        else:
+            to_gguf([checkpoint], tmp_path / "b.gguf", path, layout="paper")
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_mistakes(tmp_path: Path) -> None:
     path, synthesis = trained(tmp_path, "llama")
     checkpoint = save(tmp_path / "c", synthesis)
@@ -261,7 +287,7 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a folder"):
         to_gguf([checkpoint], tmp_path, path, layout="paper")
     to_gguf([checkpoint], out, path, layout="paper")
-    with pytest.raises(InputError, match="cannot be made"):
+    with pytest.raises(InputError, match="exists: give the name of a new folder"):
         from_gguf(out, tmp_path, path)
     with pytest.raises(InputError, match="not an adapter"):
         from_gguf(path, tmp_path / "x", path)

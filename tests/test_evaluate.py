@@ -1,10 +1,11 @@
 """pyps eval: its measures are what training's forward pass computes, and the command shows all modes."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
-from test_cli import pyps
+from test_cli import pyps, start, wait_for
 from test_train_synthesis import twin
 
 from pyps.adapter import Adapter
@@ -84,6 +85,17 @@ def test_the_built_in_suite(smollm2_path: Path) -> None:
     assert found["examples"] == 6
     assert 0 < found["modes"]["cache"]["kl"] < 5
     assert found["modes"]["cache"]["ttft_ms"] > 0
+
+
+def test_ctrl_c_ends_with_what_is_done() -> None:
+    process = start("eval", "--adapter", "none", "--json")
+    wait_for(process, "evaluating")  # said after the first example
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors and "of 240 examples" in errors
+    found = json.loads(output)
+    assert 1 <= found["examples"] < 240 and found["modes"]["cache"]["examples"] == found["examples"]
 
 
 def test_mistakes(tmp_path: Path, data: Path, tiny_path: Path) -> None:

