@@ -34,6 +34,7 @@ class Adapter:
     Attributes:
         path: the file.
         layout: the prompt layout it was trained for, or None if it does not say.
+        in_order: whether spans are placed one after the other, or all at the branch point (layout.place).
         mapper: None means identity.
         lora: llama.cpp's handle, or None if the file has no LoRA tensors.
         warnings: what the user should be told (trained on another model of the same shape, for instance).
@@ -59,6 +60,9 @@ class Adapter:
         if layout is not None and layout not in LAYOUTS:
             raise InputError(f"{self.path}: pyps.layout is {layout!r}; this version of pyps knows {', '.join(LAYOUTS)}")
         self.layout: str | None = layout
+        self.in_order = metadata.get("pyps.in_order", False)
+        if not isinstance(self.in_order, bool):
+            raise InputError(f"{self.path}: pyps.in_order must be true or false")
         if not tensors:
             return
         with log.captured():

@@ -370,8 +370,13 @@ def _limited(examples: "list[Example]", limit: int | None) -> "list[Example]":
     show_default=True,
     help="Prompt layout it was trained for; the published checkpoint: paper.",
 )
+@click.option(
+    "--in-order", is_flag=True, help="It was trained with spans one after the other (train's in_order); rarely so."
+)
 @click.option("--weights", metavar="W,W,…", help="Of several checkpoints, for their average. Default: all alike.")
-def convert(sources: tuple[Path, ...], output: Path, base: str, kind: str, layout: str, weights: str | None) -> None:
+def convert(
+    sources: tuple[Path, ...], output: Path, base: str, kind: str, layout: str, in_order: bool, weights: str | None
+) -> None:
     """Turn a trained adapter into one GGUF file, or such a file back into PyTorch's (needs pyps[train]).
 
     SOURCES: a PEFT LoRA directory with cache_mapper.pt in it or beside it, or a checkpoint in the published layout; of
@@ -383,7 +388,9 @@ def convert(sources: tuple[Path, ...], output: Path, base: str, kind: str, layou
     if len(sources) == 1 and sources[0].suffix == ".gguf":
         notes = convert_module.from_gguf(sources[0], output, path)
     else:
-        notes = convert_module.to_gguf(sources, output, path, layout=layout, type=kind, weights=_weights(weights))
+        notes = convert_module.to_gguf(
+            sources, output, path, layout=layout, in_order=in_order, type=kind, weights=_weights(weights)
+        )
     for note in notes:
         click.echo(f"pyps: {note}", err=True)
     click.echo(output)

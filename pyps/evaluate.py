@@ -21,6 +21,7 @@ from pyps.context import Context, Span, Token, join, needs_flash_attn
 from pyps.errors import InputError
 from pyps.examples.example import Example, read_examples
 from pyps.examples.tokens import TokenExample, lay_out, text_of
+from pyps.layout import place
 from pyps.model import Model
 
 
@@ -243,12 +244,14 @@ class _Bench:
         ctx.synchronize()
         began = time.perf_counter()
         if mode.cache:
+            adapter = self._adapter if mode.mapper or mode.lora else None
+            lengths = [len(output) for _, output in e.branches]
+            starts = place(e.branch_point, lengths, bool(adapter and adapter.in_order))
             spans = []
             for seq, (prompt, output) in enumerate(e.branches):
                 start = len(e.prefix) + len(prompt)
-                spans.append(Span(seq, start, start + len(output), e.branch_point))
-            mapper = self._adapter.mapper if self._adapter and mode.mapper else None
-            lengths = [len(o) for _, o in e.branches]
+                spans.append(Span(seq, start, start + len(output), starts[seq]))
+            mapper = adapter.mapper if adapter and mode.mapper else None
             affine = mapper.coefficients(lengths, len(self._model.rotated_layers)) if mapper else None
             join(branches, ctx, spans, 0, affine)
         ctx.prefill(0, self._prompt_tokens(mode))

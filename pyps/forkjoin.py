@@ -25,7 +25,7 @@ from pyps.events import (
     Tokens,
 )
 from pyps.generate import Generation, generate
-from pyps.layout import DEFAULT_SYNTHESIZE, Layout, Prompts
+from pyps.layout import DEFAULT_SYNTHESIZE, Layout, Prompts, place
 from pyps.model import Model
 from pyps.models import AUTO, DEFAULT_MODEL, Progress, find_adapter, find_model
 from pyps.sampling import Sampling, draw_seed
@@ -242,6 +242,7 @@ class _Run:
                 chosen = replace(chosen, seed=(self.seed + i) % 2**31)
             self.branches.append(_Branch(branch.prompt, branch.name or f"branch-{i + 1}", chosen))
 
+        self.in_order = bool(fj.adapter and fj.adapter.in_order)
         self.layout = Layout(fj.model, fj.layout, task, system, synthesize)
         self.prompts: Prompts = self.layout.prompts([b.prompt for b in self.branches])
         self._check_sizes()
@@ -263,18 +264,20 @@ class _Run:
         self.least_cells = limit + 1 if limit and most > limit else 1
 
         trained = self.fj.model.n_ctx_train
-        # joined spans lie side by side, so the synthesizer needs cells for all of them but positions for the longest
+        # joined spans lie side by side, so the synthesizer needs cells for all of them but, unless they are placed in
+        # order, positions for the longest
+        positions = sum(spans) if self.in_order else max(spans)
         needs = {"a branch": (self.branch_cells, self.branch_cells)}
         if self.mode == "cache":
-            needs["the synthesizer"] = (self.synthesizer_cells, p.branch_point + max(spans) + answer)
+            needs["the synthesizer"] = (self.synthesizer_cells, p.branch_point + positions + answer)
         if self.mode == "text" or self.compare:
             needs["text synthesis"] = (text_cells, text_cells)
-        for who, (cells, positions) in needs.items():
+        for who, (cells, reach) in needs.items():
             if self.fj._n_ctx is not None and cells > self.fj._n_ctx:
                 raise InputError(f"{who} may need {cells:,} cells; the limit given is {self.fj._n_ctx:,} (n_ctx)")
-            if positions > trained:
+            if reach > trained:
                 raise InputError(
-                    f"{who} may need {positions:,} positions, but {self.fj.model.name} was trained on {trained:,}: use "
+                    f"{who} may need {reach:,} positions, but {self.fj.model.name} was trained on {trained:,}: use "
                     f"fewer or shorter branches (max_tokens), or a shorter task"
                 )
 
@@ -376,11 +379,13 @@ class _Run:
     ) -> Generator[Event, None, Synthesis]:
         """Join, then answer. Returns a Synthesis whose branches and total are not filled in."""
         began = time.perf_counter()
-        spans = [Span(g.seq, g.start, g.end, self.prompts.branch_point) for g in generations if g.tokens]
+        said = [g for g in generations if g.tokens]
         joined = 0
-        if spans:  # branches may all have been empty
+        if said:  # branches may all have been empty
             mapper = self.fj.adapter.mapper if self.fj.adapter else None
-            lengths = [s.end - s.start for s in spans]
+            lengths = [len(g.tokens) for g in said]
+            starts = place(self.prompts.branch_point, lengths, self.in_order)
+            spans = [Span(g.seq, g.start, g.end, to) for g, to in zip(said, starts, strict=True)]
             affine = mapper.coefficients(lengths, len(self.fj.model.rotated_layers)) if mapper else None
             joined = join(ctx, synthesizer, spans, 0, affine)
         join_ms = (time.perf_counter() - began) * 1e3

@@ -91,3 +91,9 @@ class Layout:
         same in both layouts: whoever pastes texts can keep the prefix."""
         notes = "\n\n".join(f"[{name}]\n{text.strip()}" for name, text in zip(names, texts, strict=True))
         return self._after_prefix(f"{notes}\n\n{self._synthesize}")
+
+
+def place(branch_point: int, lengths: Sequence[int], in_order: bool) -> list[int]:
+    """The positions at which spans of these lengths begin after the join: all at the branch point (METHOD, section 1);
+    or one after the other in the branches' order, as their texts would stand, for adapters trained so."""
+    return [branch_point + (sum(lengths[:i]) if in_order else 0) for i in range(len(lengths))]

@@ -263,24 +263,31 @@ class Oracle:
         a, b = k.double().chunk(2, dim=-1)
         return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], dim=-1).float()
 
-    def join(self, prefix: Span | None, spans: Sequence[Span], coefficients: np.ndarray | None) -> Joined:
-        """Prefix as it is; spans turned to the branch point, mapped by (a_k, b_k, a_v, b_v) [spans, layers, 4], side by
-        side."""
+    def join(
+        self, prefix: Span | None, spans: Sequence[Span], coefficients: np.ndarray | None, in_order: bool = False
+    ) -> Joined:
+        """Prefix as it is; spans turned to the branch point, or to where their texts would stand one after the other;
+        mapped by (a_k, b_k, a_v, b_v) [spans, layers, 4]; side by side."""
         point = len(prefix) if prefix else 0
+        starts = [point + in_order * sum(map(len, spans[:i])) for i in range(len(spans))]
         k: list[torch.Tensor] = []
         v: list[torch.Tensor] = []
         for layer in range(self.n_layers):
             ks, vs = ([prefix.k[layer]], [prefix.v[layer]]) if prefix else ([], [])
             for i, span in enumerate(spans):
                 moved = (
-                    self._rotate(span.k[layer], point - span.start, layer) if self.has_rope(layer) else span.k[layer]
+                    self._rotate(span.k[layer], starts[i] - span.start, layer)
+                    if self.has_rope(layer)
+                    else span.k[layer]
                 )
                 a_k, b_k, a_v, b_v = (1, 0, 1, 0) if coefficients is None else map(float, coefficients[i, layer])
                 ks.append(a_k * moved + b_k)
                 vs.append(a_v * span.v[layer] + b_v)
             k.append(torch.cat(ks, dim=1))
             v.append(torch.cat(vs, dim=1))
-        positions = list(range(point)) + [point + j for span in spans for j in range(len(span))]
+        positions = list(range(point)) + [
+            start + j for start, span in zip(starts, spans, strict=True) for j in range(len(span))
+        ]
         return Joined(k, v, positions)
 
     def synthesize(self, joined: Joined, tokens: Sequence[int], lora: bool) -> np.ndarray:

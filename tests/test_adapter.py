@@ -24,7 +24,7 @@ def test_reads_mapper_lora_and_layout(tmp_path: Path, tiny: Model) -> None:
     adapter = Adapter(path, tiny)
     assert adapter.mapper is not None
     assert adapter.lora
-    assert adapter.layout == "paper"
+    assert adapter.layout == "paper" and adapter.in_order is False
     assert adapter.warnings == []
     adapter.close()
 
@@ -81,6 +81,7 @@ def test_another_base_of_the_same_shape_is_a_warning(tmp_path: Path, tiny: Model
         ({"general__type": 1}, "general.type must be of type STRING"),
         ({"pyps__version": 2}, "pyps.version is 2"),
         ({"pyps__layout": "sideways"}, "pyps.layout is 'sideways'"),
+        ({"pyps__in_order": "yes"}, "pyps.in_order must be true or false"),
         ({"mapper": {**mapper_metadata(1), "pyps.mapper.w2": [0.5]}}, r"w2 must be \[4, 32\]"),
     ],
 )

@@ -240,8 +240,10 @@ def test_models_that_cannot_be_joined_still_have_text_mode(tmp_path: Path, arch:
         assert fj.run(TASK, BRANCHES, sampling=GREEDY, mode="text").tokens.prefilled > 0
 
 
-def test_an_adapter_is_used_by_the_synthesizer_only(tmp_path: Path, tiny_path: Path) -> None:
-    adapter = write_adapter(tmp_path / "a.gguf", mapper=mapper_metadata(5), pyps__layout="paper")
+@pytest.mark.parametrize("in_order", [False, True])
+def test_an_adapter_is_used_by_the_synthesizer_only(tmp_path: Path, tiny_path: Path, in_order: bool) -> None:
+    options = {"pyps__layout": "paper", "pyps__in_order": in_order}
+    adapter = write_adapter(tmp_path / "a.gguf", mapper=mapper_metadata(5), **options)
     sampling = Sampling(temperature=0, max_tokens=20, ignore_eos=True)
     with ForkJoin.from_pretrained(str(tiny_path), layout="paper") as plain:
         without = plain.run(TASK, BRANCHES, sampling=sampling)
@@ -263,14 +265,28 @@ def test_an_adapter_is_used_by_the_synthesizer_only(tmp_path: Path, tiny_path: P
                     Generation(branches, i, prompts.prefix + p, sampling) for i, p in enumerate(prompts.branches)
                 ]
                 deque(generate(branches, generations), maxlen=0)
-                affine = fj.adapter.mapper.coefficients([len(g.tokens) for g in generations], 4)
-                spans = [Span(g.seq, g.start, g.end, 0) for g in generations]
+                lengths = [len(g.tokens) for g in generations]
+                affine = fj.adapter.mapper.coefficients(lengths, 4)
+                spans = [Span(g.seq, g.start, g.end, in_order * sum(lengths[: g.seq])) for g in generations]
                 join(branches, synthesizer, spans, 0, affine if use_mapper else None)
                 answer = Generation(synthesizer, 0, prompts.synthesizer, sampling)
                 deque(generate(synthesizer, [answer]), maxlen=0)
                 answers.append(answer.text)
     assert answers[0] == result.answer
     assert answers[1] != result.answer, "the mapper makes a difference"
+
+
+def test_positions_that_are_needed(tmp_path: Path, tiny_path: Path) -> None:
+    """In order, the branches' spans need a position for every token; all at the branch point, those of the longest."""
+    sampling = Sampling(max_tokens=800)
+    for in_order in (False, True):
+        adapter = write_adapter(tmp_path / "a.gguf", pyps__in_order=in_order)
+        with ForkJoin.from_pretrained(str(tiny_path), adapter=adapter) as fj:
+            if in_order:
+                with pytest.raises(InputError, match=r"the synthesizer may need .* trained on 2,048"):
+                    fj.stream(TASK, BRANCHES, sampling=sampling, answer=Sampling(max_tokens=10))
+            else:
+                fj.stream(TASK, BRANCHES, sampling=sampling, answer=Sampling(max_tokens=10))
 
 
 def test_refused_before_any_work(fj: ForkJoin, tmp_path: Path) -> None:

@@ -27,7 +27,9 @@ def tokens(n: int, seed: int) -> list[int]:
     return [int(t) for t in np.random.default_rng(seed).integers(0, 250, n)]
 
 
-def example(seed: int, lengths: list[int], prefix: int = 11, shared: bool = True) -> TokenExample:
+def example(
+    seed: int, lengths: list[int], prefix: int = 11, shared: bool = True, in_order: bool = False
+) -> TokenExample:
     return TokenExample(
         prefix=tokens(prefix, seed),
         branches=[(tokens(3 + i, seed + i), tokens(n, seed + 10 + i)) for i, n in enumerate(lengths)],
@@ -35,10 +37,16 @@ def example(seed: int, lengths: list[int], prefix: int = 11, shared: bool = True
         synthesizer=tokens(7, seed + 20),
         pasted=tokens(40, seed + 21),
         answer=tokens(6, seed + 22),
+        in_order=in_order,
     )
 
 
-BATCH = [example(0, [24, 7, 31]), example(50, [5]), example(90, [12, 12], shared=False)]
+BATCH = [
+    example(0, [24, 7, 31]),
+    example(50, [5]),
+    example(90, [12, 12], shared=False),
+    example(120, [9, 30, 4], in_order=True),
+]
 
 
 def twin(name: str, folder: Path) -> tuple[Oracle, Synthesis, Path, Path]:
@@ -69,7 +77,7 @@ def by_the_oracle(oracle: Oracle, mapper: Mapper, e: TokenExample) -> tuple[np.n
         spans.append(oracle.encode([*e.prefix, *prompt, *output], (start, start + len(output))))
     head = oracle.encode(e.prefix, (0, e.branch_point)) if e.branch_point else None
     coefficients = mapper.coefficients([len(o) for _, o in e.branches], oracle.n_layers)
-    joined = oracle.join(head, spans, coefficients)
+    joined = oracle.join(head, spans, coefficients, e.in_order)
     n = len(e.answer)
     student = oracle.synthesize(joined, [*e.synthesizer, *e.answer[:-1]], lora=True)
     teacher = oracle.plain([*e.prefix, *e.pasted, *e.answer[:-1]], lora=False)
@@ -150,6 +158,7 @@ def test_an_exported_adapter_does_in_the_runtime_what_was_trained(tmp_path: Path
         layout="shared",
         base_name="tiny",
         base_fingerprint="",
+        in_order=False,
         type="f32",
     )
     assert not list(tmp_path.glob("*.part"))
@@ -175,7 +184,7 @@ def in_the_runtime(model: Model, adapter: Adapter, e: TokenExample) -> np.ndarra
         for seq, (prompt, output) in enumerate(e.branches):
             branches.prefill(seq, [*e.prefix, *prompt, *output])
             start = len(e.prefix) + len(prompt)
-            spans.append(Span(seq, start, start + len(output), e.branch_point))
+            spans.append(Span(seq, start, start + len(output), e.starts[seq]))
         if e.branch_point:
             join(branches, ctx, [Span(0, 0, e.branch_point, 0)])
         lengths = [len(o) for _, o in e.branches]

@@ -54,6 +54,7 @@ def to_gguf(
     base_path: Path,
     *,
     layout: str,
+    in_order: bool = False,
     type: str = "f16",
     weights: Sequence[float] | None = None,
 ) -> list[str]:
@@ -93,6 +94,7 @@ def to_gguf(
             found.alpha,
             found.mapper,
             layout=layout,
+            in_order=in_order,
             base_name=base.name,
             base_fingerprint=base.fingerprint,
             type=type,
@@ -111,4 +113,8 @@ def from_gguf(source: Path, output: Path, base_path: Path) -> list[str]:
     base = read_base(base_path)
     metadata, lora, alpha = read_adapter(source, base.shape)
     write_checkpoint(output, lora, alpha, Mapper.from_metadata(metadata), str(metadata.get("pyps.base.name", "")))
-    return []
+    options = [f"--layout {metadata['pyps.layout']}"] if "pyps.layout" in metadata else []
+    options += ["--in-order"] if metadata.get("pyps.in_order") else []
+    if not options:
+        return []
+    return [f"the folder does not hold what it was trained for: to convert it back, add {' '.join(options)}"]

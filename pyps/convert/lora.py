@@ -79,6 +79,7 @@ def write_adapter(
     mapper: Mapper | None,
     *,
     layout: str,
+    in_order: bool,
     base_name: str,
     base_fingerprint: str,
     type: str = "f16",
@@ -87,6 +88,7 @@ def write_adapter(
 
     Args:
         lora: may be empty: the file then has the mapper only.
+        layout, in_order: what it was trained for (layout.py).
         base_name, base_fingerprint: what it was trained on: general.name, and Model.fingerprint.
         type: of the LoRA's matrices, a key of TYPES. Those whose rows are no multiple of q8_0's block of 32 (lora_b of
             rank 16) are f16 instead.
@@ -104,6 +106,7 @@ def write_adapter(
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
         writer.add_uint32("pyps.version", VERSION)
         writer.add_string("pyps.layout", layout)
+        writer.add_bool("pyps.in_order", in_order)
         writer.add_string("pyps.base.name", base_name)
         writer.add_string("pyps.base.fingerprint", base_fingerprint)
         if mapper:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pyps.context import Context
 from pyps.examples.example import Example
 from pyps.generate import Generation, generate
-from pyps.layout import Layout
+from pyps.layout import Layout, place
 from pyps.model import Model
 from pyps.sampling import Sampling
 
@@ -39,6 +39,7 @@ class TokenExample:
         pasted: what follows the prefix in text synthesis.
         answer: what the synthesizer is to say, its end-of-turn token included.
         given: whether the data gave the answer, or the text synthesizer did.
+        in_order: how the outputs are placed (layout.place).
     """
 
     prefix: list[int]
@@ -48,11 +49,22 @@ class TokenExample:
     pasted: list[int]
     answer: list[int]
     given: bool = True
+    in_order: bool = False
 
     @property
     def n_cells(self) -> int:
         """What the synthesizer has in front of it."""
         return self.branch_point + sum(len(output) for _, output in self.branches)
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each output begins after the join."""
+        return place(self.branch_point, [len(output) for _, output in self.branches], self.in_order)
+
+    @property
+    def end(self) -> int:
+        """The position of the synthesizer's first token."""
+        return max(start + len(output) for start, (_, output) in zip(self.starts, self.branches, strict=True))
 
     @property
     def cells(self) -> Cells:
@@ -62,8 +74,8 @@ class TokenExample:
         for i, (prompt, output) in enumerate(self.branches):
             n = len(output)
             at += range(start + len(prompt), start + len(prompt) + n)
-            pos += range(self.branch_point, self.branch_point + n)
-            delta += [self.branch_point - len(self.prefix) - len(prompt)] * n
+            pos += range(self.starts[i], self.starts[i] + n)
+            delta += [self.starts[i] - len(self.prefix) - len(prompt)] * n
             span += [i] * n
             start += len(prompt) + n
         return Cells(at, pos, delta, span)

@@ -47,6 +47,8 @@ class TrainConfig(_Strict):
     start: an adapter (GGUF) to go on from, trained with the same lora and mapper; "auto": the one that comes with pyps
         for this base; None: from nothing.
     layout: of the prompts; written into the adapter.
+    in_order: whether joined spans stand one after the other, as their texts would, or all begin at the branch point, as
+        in the paper (layout.place); written into the adapter.
     kl, ce: weights of the losses: KL divergence from the text synthesizer's distribution, cross-entropy on the target.
     steps, batch_size: of the optimizer, and examples in each.
     lr_lora, lr_mapper: peak learning rates; they rise over `warmup` steps and fall to a tenth.
@@ -59,6 +61,7 @@ class TrainConfig(_Strict):
     output: Path
     start: Path | Literal["auto"] | None = None
     layout: LayoutName = "shared"
+    in_order: bool = False
     kl: float = Field(1.0, ge=0)
     ce: float = Field(0.0, ge=0)
     steps: int = Field(400, ge=1)
@@ -84,7 +87,7 @@ def read_config(path: Path) -> TrainConfig:
         raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     if config.kl == config.ce == 0:
         raise InputError(f"{path}: kl and ce are both 0: there is nothing to learn from")
-    here = path.parent
+    here = path.parent.resolve()  # so that the saved config means the same from everywhere
     paths: dict[str, Any] = {"data": [here / p for p in config.data], "held_out": [here / p for p in config.held_out]}
     paths["start"] = here / config.start if isinstance(config.start, Path) else config.start
     return config.model_copy(update={**paths, "output": here / config.output})

@@ -23,7 +23,8 @@ def prepare(
         path: where the result is kept, as JSON lines; what is there already is not computed again.
         report: called with a line about the progress every few seconds.
     """
-    described = [model.name, layout, *(e.model_dump_json() for e in examples)]
+    # without what is as always: fields that later versions add shall not make a file of today another
+    described = [model.name, layout, *(e.model_dump_json(exclude_defaults=True) for e in examples)]
     head = {"examples": hashlib.sha256("\n".join(described).encode()).hexdigest()}
     done = _read_tokens(path, head)
     said = time.monotonic()

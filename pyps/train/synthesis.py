@@ -138,7 +138,7 @@ class Synthesis(nn.Module):
             cache.update((a_k * k + b_k).to(dtype), (a_v * v + b_v).to(dtype), i)
 
         rows = [e.synthesizer + e.answer[:-1] for e in batch]
-        starts = [e.branch_point + max(len(o) for _, o in e.branches) for e in batch]
+        starts = [e.end for e in batch]
         ids = self._pad(rows, 0)
         pos = self._pad([[s + i for i in range(len(row))] for s, row in zip(starts, rows, strict=True)], 0)
         n = ids.shape[1]

@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Measures:
 _NAMES = tuple(f.name for f in fields(Measures))
 
 _ENCODE_TOGETHER = 8
-_STEPS_AHEAD = 8
+_WINDOW = 8  # steps
 
 
 class Trainer:
@@ -87,7 +87,8 @@ class Trainer:
             self._base = model.metadata.get("general.name", ""), model.fingerprint
             with self._accelerator.main_process_first():  # the others find what it has written
                 # numbered through: first those to train on, then those to measure on
-                self._examples = prepare(model, config.layout, data + held_out, config.output / TOKENS, self._report)
+                tokens = prepare(model, config.layout, data + held_out, config.output / TOKENS, self._report)
+            self._examples = [replace(e, in_order=config.in_order) for e in tokens]
             arch = model.arch
         finally:
             model.close()
@@ -166,13 +167,21 @@ class Trainer:
         return (took - seconds) / steps * (self.config.steps - self.step) + encoding
 
     def _batch(self, step: int) -> list[int]:
-        """This process's share of the step's examples: from a new shuffle each time the data have been gone through."""
-        size, n, rank = self.config.batch_size, self._accelerator.num_processes, self._accelerator.process_index
-        chosen = []
-        for i in range(step * size, (step + 1) * size)[rank::n]:
+        """This process's share of the step's examples. From a new shuffle each time the data have been gone through;
+        within a window of steps, examples with answers of like length are put together, which is less padding."""
+        n, rank = self._accelerator.num_processes, self._accelerator.process_index
+        window, at = divmod(step, _WINDOW)
+        return self._batches(window)[at][rank::n]
+
+    def _batches(self, window: int) -> list[list[int]]:
+        size, chosen = self.config.batch_size, []
+        for i in range(window * _WINDOW * size, (window + 1) * _WINDOW * size):
             epoch, at = divmod(i, self._n_train)
             chosen.append(_order(self._n_train, self.config.seed, epoch)[at])
-        return chosen
+        chosen.sort(key=lambda i: len(self._examples[i].synthesizer) + len(self._examples[i].answer))
+        batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        random.Random(f"{self.config.seed} {window}").shuffle(batches)
+        return batches
 
     def _encode(self, batch: Sequence[int], soon: Sequence[int]) -> list[Encoded]:
         """What needs no gradient of a batch. If it is kept, of all that will soon be needed: examples of like length
@@ -190,9 +199,8 @@ class Trainer:
         return [self._store.get(i) for i in batch]
 
     def _train(self, batch: list[int]) -> Measures:
-        window = self.step // _STEPS_AHEAD * _STEPS_AHEAD  # the same steps together after an interruption
-        steps = range(window, min(window + _STEPS_AHEAD, self.config.steps))
-        soon = [i for step in steps for i in self._batch(step)]
+        first = self.step // _WINDOW * _WINDOW  # the same steps together after an interruption
+        soon = [i for step in range(first, min(first + _WINDOW, self.config.steps)) for i in self._batch(step)]
         examples = [self._examples[i] for i in batch]
         self._optimizer.zero_grad()
         kl, ce, measures = _losses(*self._module(examples, self._encode(batch, soon)))
@@ -259,6 +267,7 @@ class Trainer:
             float(self.config.lora.alpha),
             self.synthesis.mapper.to_runtime(),
             layout=self.config.layout,
+            in_order=self.config.in_order,
             base_name=self._base[0],
             base_fingerprint=self._base[1],
         )
