@@ -126,9 +126,16 @@ MUTANTS = [
     Mutant(
         "training turns the branches the wrong way",
         "pyps/examples/tokens.py",
-        "            delta += [self.branch_point - len(self.prefix) - len(prompt)] * n",
-        "            delta += [len(self.prefix) + len(prompt) - self.branch_point] * n",
+        "            delta += [self.starts[i] - len(self.prefix) - len(prompt)] * n",
+        "            delta += [len(self.prefix) + len(prompt) - self.starts[i]] * n",
         (f"{SYNTHESIS}::test_it_computes_what_the_oracle_computes[llama]",),
+    ),
+    Mutant(
+        "spans in order all begin at the branch point",
+        "pyps/layout.py",
+        "(sum(lengths[:i]) if in_order else 0)",
+        "0",
+        ("tests/test_forkjoin.py::test_an_adapter_is_used_by_the_synthesizer_only[True]",),
     ),
     Mutant(
         "no gradient reaches the mapper",
