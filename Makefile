@@ -5,7 +5,7 @@
 # make mutants breaks the implementation on purpose, line by line, and sees whether the tests notice
 # make soak    a thousand forks, joins and generations in one process: memory must stay where it is
 # make bench   time to first token, cache against text, and peak memory (bench/ttft.py)
-# make adapter trains the adapter that comes with pyps (models/): two hours, resumable
+# make adapter trains the adapter that comes with pyps (models/): an hour on two cores, resumable
 # make clean   remove .venv and build
 #
 # The first build compiles llama-cpp-python (three to ten minutes); its wheel is kept in WHEELS for the next clone.
@@ -65,9 +65,10 @@ bench: $(VENV)/installed-test
 adapter: $(VENV)/installed-test
 	mkdir -p build/adapter
 	cp models/smollm2-135m-instruct.yaml build/adapter/train.yaml
-	$(BIN)/pyps data families build/adapter/examples --train 1600 --held-out 56
+	$(BIN)/pyps data families build/adapter/examples --train 1120 --held-out 56
 	$(BIN)/pyps train build/adapter/train.yaml
 	cp build/adapter/run/adapter.gguf models/smollm2-135m-instruct.gguf
+	cp build/adapter/run/report.png models/training.png
 
 clean:
 	rm -rf $(VENV) build
