@@ -56,7 +56,7 @@ def test_json_keeps_its_contract() -> None:
     tokens = {"joined", "prefilled", "generated"}
     assert {"model", "adapter", "mode", "answer", "branches", "tokens", "timing_ms", "compare"} <= set(result)
     assert isinstance(result["model"], str)
-    assert result["adapter"] is None
+    assert result["adapter"].endswith("smollm2-135m-instruct.gguf")
     assert result["mode"] == "cache"
     assert isinstance(result["answer"], str)
     assert set(result["tokens"]) == set(result["compare"]["tokens"]) == tokens
