@@ -242,7 +242,6 @@ class _Run:
                 chosen = replace(chosen, seed=(self.seed + i) % 2**31)
             self.branches.append(_Branch(branch.prompt, branch.name or f"branch-{i + 1}", chosen))
 
-        self.in_order = bool(fj.adapter and fj.adapter.in_order)
         self.layout = Layout(fj.model, fj.layout, task, system, synthesize)
         self.prompts: Prompts = self.layout.prompts([b.prompt for b in self.branches])
         self._check_sizes()
@@ -264,12 +263,10 @@ class _Run:
         self.least_cells = limit + 1 if limit and most > limit else 1
 
         trained = self.fj.model.n_ctx_train
-        # joined spans lie side by side, so the synthesizer needs cells for all of them but, unless they are placed in
-        # order, positions for the longest
-        positions = sum(spans) if self.in_order else max(spans)
+        # joined spans lie side by side, so the synthesizer needs cells for all of them but positions for the longest
         needs = {"a branch": (self.branch_cells, self.branch_cells)}
         if self.mode == "cache":
-            needs["the synthesizer"] = (self.synthesizer_cells, p.branch_point + positions + answer)
+            needs["the synthesizer"] = (self.synthesizer_cells, p.branch_point + max(spans) + answer)
         if self.mode == "text" or self.compare:
             needs["text synthesis"] = (text_cells, text_cells)
         for who, (cells, reach) in needs.items():
@@ -384,7 +381,7 @@ class _Run:
         if said:  # branches may all have been empty
             mapper = self.fj.adapter.mapper if self.fj.adapter else None
             lengths = [len(g.tokens) for g in said]
-            starts = place(self.prompts.branch_point, lengths, self.in_order)
+            starts = place(self.prompts.branch_point, lengths, self._in_order(sum(lengths)))
             spans = [Span(g.seq, g.start, g.end, to) for g, to in zip(said, starts, strict=True)]
             affine = mapper.coefficients(lengths, len(self.fj.model.rotated_layers)) if mapper else None
             joined = join(ctx, synthesizer, spans, 0, affine)
@@ -397,6 +394,13 @@ class _Run:
             tokens=replace(answer.tokens, joined=joined, prefilled=len(self.prompts.synthesizer)),
             timing_ms=replace(timing, join=join_ms, ttft=flush_ms + join_ms + timing.prefill),
         )
+
+    def _in_order(self, n: int) -> bool:
+        """Whether spans of n tokens are placed one after the other: if the adapter wants it and the model has positions
+        for them. At the branch point there is room for more."""
+        answer = len(self.prompts.synthesizer) + self.answer_sampling.max_tokens
+        fits = self.prompts.branch_point + n + answer <= self.fj.model.n_ctx_train
+        return bool(self.fj.adapter and self.fj.adapter.in_order and fits)
 
     def _from_texts(self, branches: Context, results: Sequence[BranchResult]) -> Generator[Event, None, Synthesis]:
         """Paste and read again, as well as llama.cpp can: the prefix is kept, a long prompt is read with flash
