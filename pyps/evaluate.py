@@ -24,6 +24,8 @@ from pyps.examples.tokens import TokenExample, lay_out, text_of
 from pyps.layout import place
 from pyps.model import Model
 
+_JUDGED_TOGETHER = 64  # tokens whose logits are kept at once: half a megabyte each with a large vocabulary
+
 
 @dataclass(frozen=True)
 class Mode:
@@ -171,7 +173,7 @@ class _Bench:
                 kv_type=kv_type,
                 flash_attn=needs_flash_attn(kv_type),
                 threads=threads,
-                n_logits=max_tokens,
+                n_logits=_JUDGED_TOGETHER if n_seq == 1 else None,
                 adapter=adapter,
             )
 
@@ -219,8 +221,8 @@ class _Bench:
         last = self._prompt_tokens(mode)[-1]
         said = [last, *reference.tokens][: len(reference.logs)]
         rows = []
-        for start in range(0, len(said), self._max_tokens):
-            chunk = said[start : start + self._max_tokens]
+        for start in range(0, len(said), _JUDGED_TOGETHER):
+            chunk = said[start : start + _JUDGED_TOGETHER]
             at = self._end - 1 + start
             ctx.decode([Token(t, at + i, 0, logits=True) for i, t in enumerate(chunk)])
             rows += [_log_softmax(ctx.logits(i)) for i in range(len(chunk))]

@@ -143,7 +143,7 @@ class Model:
         """The same for every quantisation of a model, another for other weights: a hash of its norms, which are never
         quantised."""
         self.check_open()
-        return hashlib.sha256(_native.norms(self.address)).hexdigest()[:16]
+        return hash_norms(_native.norms(self.address))
 
     @property
     def arch(self) -> str:
@@ -243,6 +243,11 @@ class Model:
                 system, user, *rest = messages
                 return self.render_chat([{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest])
             raise InputError(f"{self.name}: the model's chat template failed: {error}") from error
+
+
+def hash_norms(values: bytes) -> str:
+    """A fingerprint from the values of all tensors named *norm.weight, in the order of their names."""
+    return hashlib.sha256(values).hexdigest()[:16]
 
 
 def check_gguf(path: Path, what: str) -> None:

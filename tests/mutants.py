@@ -126,8 +126,8 @@ MUTANTS = [
     Mutant(
         "training turns the branches the wrong way",
         "pyps/examples/tokens.py",
-        "            delta += [self.starts[i] - len(self.prefix) - len(prompt)] * n",
-        "            delta += [len(self.prefix) + len(prompt) - self.starts[i]] * n",
+        "            delta += [to - len(self.prefix) - len(prompt)] * n",
+        "            delta += [len(self.prefix) + len(prompt) - to] * n",
         (f"{SYNTHESIS}::test_it_computes_what_the_oracle_computes[llama]",),
     ),
     Mutant(

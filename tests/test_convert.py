@@ -13,7 +13,7 @@ import torch
 from oracle import Oracle
 from test_cli import pyps
 from test_oracle import MODELS
-from test_train_synthesis import BATCH, in_the_runtime
+from test_train_synthesis import check_the_runtime
 from tiny import write_adapter, write_model
 
 from pyps.adapter import Adapter
@@ -56,11 +56,7 @@ def compare(path: Path, adapter_path: Path, synthesis: Synthesis, tolerance: flo
     model = Model.load(path)
     adapter = Adapter(adapter_path, model)
     assert not adapter.warnings
-    with torch.no_grad():
-        student, _, _, which = synthesis(BATCH)
-    for i, e in enumerate(BATCH):
-        got = in_the_runtime(model, adapter, e)
-        np.testing.assert_allclose(got, student[which == i].numpy(), rtol=0, atol=tolerance)
+    check_the_runtime(model, adapter, synthesis, tolerance)
     model.close()
 
 

@@ -52,6 +52,12 @@ def test_measures_are_those_of_pytorch(tmp_path: Path, data: Path, layout: str) 
     model.close()
 
 
+def test_answers_longer_than_a_batch(data: Path, tiny: Model) -> None:
+    outcomes = list(evaluate(tiny, None, read_examples([data])[:1], "shared", max_tokens=600))
+    assert len(tiny.tokenize(outcomes[0].answer)) > 512, "or this shows nothing"
+    assert [o.mode for o in outcomes] == ["text", "text, backwards", "cache"] and outcomes[2].kl > 0
+
+
 def test_intervals() -> None:
     assert interval(0, 0) == (0, 1)
     assert interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)

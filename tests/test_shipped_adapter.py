@@ -4,11 +4,9 @@ import json
 from pathlib import Path
 
 import llama_cpp
-import numpy as np
-import torch
 import yaml
 from test_cli import pyps
-from test_train_synthesis import BATCH, in_the_runtime
+from test_train_synthesis import check_the_runtime
 
 from pyps import ForkJoin
 from pyps.adapter import Adapter
@@ -47,11 +45,7 @@ def test_the_runtime_computes_what_pytorch_does_with_it(tmp_path: Path, smollm2_
     model = Model.load(path)
     adapter = Adapter(SHIPPED, model)
     assert not adapter.warnings
-    with torch.no_grad():
-        student, _, _, which = synthesis(BATCH)
-    for i, e in enumerate(BATCH):
-        got = in_the_runtime(model, adapter, e)
-        np.testing.assert_allclose(got, student[which == i].numpy(), rtol=0, atol=2e-3)
+    check_the_runtime(model, adapter, synthesis, 2e-3)
     model.close()
 
 

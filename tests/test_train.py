@@ -14,11 +14,11 @@ from tiny import write_model
 
 from pyps import ForkJoin, Sampling
 from pyps.errors import InputError
-from pyps.examples.example import read_examples
+from pyps.examples.example import Example, ExampleBranch, read_examples
 from pyps.model import Model
 from pyps.train.config import read_config
 from pyps.train.data import prepare
-from pyps.train.report import PLOT, REPORT
+from pyps.train.report import PLOT, REPORT, read_log
 from pyps.train.trainer import ADAPTER, CHECKPOINT, LOG, TOKENS, Trainer
 
 EXAMPLES: list[dict[str, Any]] = [
@@ -171,6 +171,19 @@ def test_examples_are_laid_out_as_the_runtime_does(folder: Path) -> None:
     assert prepare(model, "shared", examples, path, lines.append)[0] == first
     assert prepare(model, "paper", examples, path, lines.append)[0].branch_point == 0, "others than were kept"
     model.close()
+
+
+def test_more_branches_to_generate_than_sequences(folder: Path) -> None:
+    model = Model.load(folder / "m.gguf")
+    examples = [Example(task=f"Why {i}?", branches=[ExampleBranch()] * 90, target="So.") for i in range(3)]
+    found = prepare(model, "shared", examples, folder / "t.jsonl", lambda line: None)
+    assert [len(t.branches) for t in found] == [90] * 3
+    model.close()
+
+
+def test_half_a_line_of_a_log_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / LOG).write_text('{"step": 1, "kl": 2.0}\n{"step": 2, "k')
+    assert read_log(tmp_path / LOG) == ([{"step": 1, "kl": 2.0}], [])
 
 
 def test_a_disk_without_room_for_what_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

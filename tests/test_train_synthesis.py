@@ -166,12 +166,17 @@ def test_an_exported_adapter_does_in_the_runtime_what_was_trained(tmp_path: Path
     model = Model.load(path)
     adapter = Adapter(exported, model)
     assert adapter.mapper and not adapter.warnings
+    check_the_runtime(model, adapter, synthesis)
+    model.close()
+
+
+def check_the_runtime(model: Model, adapter: Adapter, synthesis: Synthesis, tolerance: float = 2e-4) -> None:
+    """llama.cpp with the adapter gives the logits of PyTorch's model."""
     with torch.no_grad():
         student, _, _, which = synthesis(BATCH)
     for i, e in enumerate(BATCH):
         got = in_the_runtime(model, adapter, e)
-        np.testing.assert_allclose(got, student[which == i].numpy(), rtol=0, atol=2e-4)
-    model.close()
+        np.testing.assert_allclose(got, student[which == i].numpy(), rtol=0, atol=tolerance)
 
 
 def in_the_runtime(model: Model, adapter: Adapter, e: TokenExample) -> np.ndarray:

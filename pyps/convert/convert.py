@@ -1,6 +1,5 @@
 """`pyps convert`: checkpoints to one GGUF adapter, and back."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from pyps.convert.lora import Shape, read_adapter, tensor_names, write_adapter
 from pyps.convert.peft import merge, read_checkpoint, write_checkpoint
 from pyps.errors import InputError
 from pyps.mapper import Mapper
-from pyps.model import check_gguf
+from pyps.model import check_gguf, hash_norms
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def read_base(path: Path) -> Base:
         heads = fields[f"{arch}.attention.head_count"]
         shape = Shape(arch, fields[f"{arch}.block_count"], heads, fields.get(f"{arch}.attention.head_count_kv", heads))
         norms = sorted((t for t in reader.tensors if t.name.endswith("norm.weight")), key=lambda t: t.name)
-        fingerprint = hashlib.sha256(b"".join(t.data.tobytes() for t in norms)).hexdigest()[:16]
+        fingerprint = hash_norms(b"".join(t.data.tobytes() for t in norms))
         linear = {t.name: tuple(int(n) for n in t.shape) for t in reader.tensors}
     except Exception as error:
         # gguf's reader indexes a memory map without checks: a damaged file shows as almost any exception

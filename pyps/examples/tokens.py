@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pyps.context import Context
+from pyps.context import MAX_SEQUENCES, Context
 from pyps.examples.example import Example
 from pyps.generate import Generation, generate
 from pyps.layout import Layout, place
@@ -71,11 +71,11 @@ class TokenExample:
         at = list(range(self.branch_point))  # the prefix, if the synthesizer keeps it
         pos, delta, span = list(at), [0] * len(at), [-1] * len(at)
         start = len(self.prefix)
-        for i, (prompt, output) in enumerate(self.branches):
+        for i, (to, (prompt, output)) in enumerate(zip(self.starts, self.branches, strict=True)):
             n = len(output)
             at += range(start + len(prompt), start + len(prompt) + n)
-            pos += range(self.starts[i], self.starts[i] + n)
-            delta += [self.starts[i] - len(self.prefix) - len(prompt)] * n
+            pos += range(to, to + n)
+            delta += [to - len(self.prefix) - len(prompt)] * n
             span += [i] * n
             start += len(prompt) + n
         return Cells(at, pos, delta, span)
@@ -127,7 +127,10 @@ def add_answers(model: Model, examples: Sequence[TokenExample]) -> list[TokenExa
 
 
 def _generate(model: Model, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[Generation]:
-    """One answer to each, in one batch."""
+    """One answer to each, in as few batches as llama.cpp allows."""
+    if len(prompts) > MAX_SEQUENCES:
+        rest = _generate(model, prompts[MAX_SEQUENCES:], sampling, seed + MAX_SEQUENCES)
+        return [*_generate(model, prompts[:MAX_SEQUENCES], sampling, seed), *rest]
     if not prompts:
         return []
     with Context(model, max(map(len, prompts)) + sampling.max_tokens, len(prompts)) as ctx:

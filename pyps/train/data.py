@@ -55,6 +55,6 @@ def _read_tokens(path: Path, head: dict[str, str]) -> list[TokenExample]:
         for line in lines[1:]:
             values = json.loads(line)
             found.append(TokenExample(**values | {"branches": [(p, o) for p, o in values["branches"]]}))
-    except ValueError:
-        pass  # a line that was being written
+    except (ValueError, TypeError, KeyError):
+        pass  # a line that was being written, or another version's
     return found

@@ -41,6 +41,9 @@ def read_log(log: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     steps: dict[int, dict[str, Any]] = {}
     held_out: dict[int, dict[str, Any]] = {}
     for line in log.read_text().splitlines():
-        entry = json.loads(line)
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # was being written when the power went
         (held_out if "held_out" in entry else steps)[entry["step"]] = entry
     return list(steps.values()), list(held_out.values())
