@@ -4,7 +4,8 @@
 # make exact   the comparison with the oracle alone; writes docs/exactness.md
 # make mutants breaks the implementation on purpose, line by line, and sees whether the tests notice
 # make soak    a thousand forks, joins and generations in one process: memory must stay where it is
-# make bench   time to first token, cache against text, and peak memory (bench/ttft.py)
+# make bench   time to first token, cache against text, and what bounds it (pyps bench)
+# make bench-compare REF=COMMIT   the same of an earlier commit and of this one, in turn
 # make adapter trains the adapter that comes with pyps (models/): an hour on two cores, resumable
 # make clean   remove .venv and build
 #
@@ -34,7 +35,7 @@ WHEELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/pyps/wheels/$(LLAMA)-$(KEY)
 
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_FIND_LINKS="$(WHEELS) $(PIP_FIND_LINKS)" $(BIN)/python -m pip
 
-.PHONY: demo test lint exact mutants soak bench adapter clean
+.PHONY: demo test lint exact mutants soak bench bench-compare adapter clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -59,7 +60,15 @@ soak: $(VENV)/installed-test
 	$(BIN)/python bench/soak.py
 
 bench: $(VENV)/installed-test
-	$(BIN)/python bench/ttft.py
+	$(BIN)/pyps bench --plot build/bench.png
+
+bench-compare: $(VENV)/installed-test
+	@test -n "$(REF)" || { echo "say what to compare with: make bench-compare REF=COMMIT"; exit 2; }
+	rm -rf build/compare
+	git clone --quiet . build/compare
+	git -C build/compare checkout --quiet $(REF)
+	$(MAKE) -C build/compare VENV=.venv .venv/installed
+	$(BIN)/python bench/compare.py build/compare/.venv/bin/pyps $(BIN)/pyps
 
 # held-out entities and phrasings stay out of the examples; the suite of `pyps eval` has others of those
 adapter: $(VENV)/installed-test

@@ -1,30 +1,34 @@
 """The command line. Mistakes of the user end with one clear line and exit code 2, failures with 1, Ctrl-C with 130."""
 
 import contextlib
+import errno
 import importlib
 import json
 import signal
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
 import pyps
 from pyps.context import KV_TYPES
-from pyps.display import Display, LiveDisplay, PlainDisplay, progress_bar, show_evaluation
+from pyps.display import Display, LiveDisplay, PlainDisplay, progress_bar, show_bench, show_evaluation
 from pyps.doctor import examine
 from pyps.errors import InputError, PypsError
 from pyps.events import Done, Event, Mode
 from pyps.forkjoin import Branch, ForkJoin
 from pyps.layout import DEFAULT_SYNTHESIZE, LAYOUTS
-from pyps.models import AUTO, DEFAULT_MODEL, find_model
+from pyps.models import AUTO, DEFAULT_MODEL, Progress, find_model
 from pyps.sampling import Sampling
+from pyps.shapes import SHAPES, write_shape
 
 if TYPE_CHECKING:
     from pyps.examples.example import Example
@@ -46,6 +50,11 @@ class _Command(click.Command):
             ctx.exit(130)
         except MemoryError:
             click.echo("pyps: not enough memory", err=True)
+            ctx.exit(1)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # click's own business
+                raise
+            click.echo(f"pyps: {error}", err=True)  # a full disk, for one
             ctx.exit(1)
 
 
@@ -333,6 +342,124 @@ def evaluate(
     if interrupt.asked:
         click.echo(f"pyps: stopped after {found['examples']} of {len(examples)} examples", err=True)
         sys.exit(130)
+
+
+@main.command(cls=_Command)
+@_model
+@click.option(
+    "--shape",
+    type=click.Choice(list(SHAPES)),
+    help="Instead of a model: random weights of this size, on the disk while it lasts.",
+)
+@_adapter
+@_layout
+@click.option("--branches", default="4,8", show_default=True, metavar="N,N,…", help="How many.")
+@click.option("--tokens", default="128,256,512", show_default=True, metavar="N,N,…", help="Of each branch.")
+@click.option("--prompt", default="32", show_default=True, metavar="N,N,…", help="Tokens of the synthesizer's prompt.")
+@click.option(
+    "--task",
+    type=int,
+    default=64,
+    show_default=True,
+    help="Tokens of the task. Text synthesis has them in its cache; the paper layout reads them again after the join.",
+)
+@click.option("--repeat", type=click.IntRange(1, 1000), default=5, show_default=True, help="Rounds for the medians.")
+@_kv_type
+@_threads
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw it too (PNG, SVG or PDF).")
+def bench(
+    model: str,
+    shape: str | None,
+    adapter: str,
+    layout: str | None,
+    branches: str,
+    tokens: str,
+    prompt: str,
+    task: int,
+    repeat: int,
+    kv_type: str,
+    threads: int | None,
+    as_json: bool,
+    plot: Path | None,
+) -> None:
+    """How fast: time to first token from caches and from texts, in one process, in turn.
+
+    Beside them the floor (the synthesizer's prompt alone, on a cache that is there already), llama.cpp's own K-shift,
+    and the rate at which branches decode. Let nothing else run meanwhile.
+    """
+    from pyps import bench as bench_module
+    from pyps.context import cell_bytes
+
+    plots = _needs_extra("pyps.plot", "plot") if plot else None
+    if plot and plots:
+        plots.check(plot)
+    sizes = product(_numbers("--branches", branches), _numbers("--tokens", tokens), _numbers("--prompt", prompt))
+    cases = [bench_module.Case(b, n, p, task) for b, n, p in sizes]
+    with progress_bar(Console(stderr=True)) as report, _Interrupt() as interrupt, _shape_file(shape, report) as file:
+        base = file or find_model(model, report)
+        with ForkJoin.from_pretrained(
+            str(file or model), progress=report, adapter=_chosen(adapter), layout=layout, kv_type=kv_type
+        ) as fj:
+            found: dict[str, Any] = {
+                "model": f"{shape}, random weights" if shape else fj.model.name,
+                "adapter": str(fj.adapter.path) if fj.adapter else None,
+                "layout": fj.layout,
+                "kv_type": kv_type,
+                "task": task,
+                "repeat": repeat,
+                "machine": bench_module.describe_machine(threads),
+                "cell_bytes": cell_bytes(fj.model, kv_type),
+                "model_mb": base.stat().st_size / 1e6,
+                "peak_mb": None,
+            }
+            path = fj.adapter.path if fj.adapter else None
+            rows = found["rows"] = list(
+                bench_module.measure(
+                    fj.model,
+                    fj.adapter,
+                    fj.layout,
+                    cases,
+                    repeat=repeat,
+                    kv_type=kv_type,
+                    threads=threads,
+                    report=report,
+                    stopped=lambda: interrupt.asked,
+                )
+            )
+        if not interrupt.asked:
+            report("peak memory", None)
+            found["peak_mb"] = bench_module.peak_memory(base, path, found["layout"], kv_type, cases[-1])
+    if plot and plots and rows:
+        plots.save(plots.draw_bench(rows), plot)
+    if as_json:
+        click.echo(json.dumps(found, ensure_ascii=False, indent=2))
+    elif rows:
+        show_bench(Console(), found)
+    if interrupt.asked:
+        click.echo(f"pyps: stopped after {len(rows)} of {len(cases)} rows", err=True)
+        sys.exit(130)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(n) for n in text.split(",")]
+    except ValueError:
+        raise click.UsageError(f"{option} must be whole numbers with commas between them, not {text!r}") from None
+
+
+@contextlib.contextmanager
+def _shape_file(shape: str | None, report: Progress) -> Iterator[Path | None]:
+    """A model of this shape, gone afterwards."""
+    if shape is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="pyps-") as folder:
+        path = Path(folder) / f"{shape}-random.gguf"
+        write_shape(
+            path, SHAPES[shape], find_model(DEFAULT_MODEL, report), lambda done: report("writing the model", done)
+        )
+        yield path
 
 
 def _limited(examples: "list[Example]", limit: int | None) -> "list[Example]":

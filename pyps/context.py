@@ -49,6 +49,12 @@ def needs_flash_attn(kv_type: str) -> bool:
     return split_kv_type(kv_type)[1] in _QUANTISED
 
 
+def prefers_flash_attn(kv_type: str) -> bool:
+    """Whether a context that decodes should have flash attention: on a GPU it is better for every batch, on a CPU it
+    is much slower for short ones."""
+    return needs_flash_attn(kv_type) or bool(llama_cpp.llama_supports_gpu_offload())
+
+
 def round_up(n_ctx: int) -> int:
     """The cells that llama.cpp gives a sequence which is to have n_ctx."""
     return -(-n_ctx // 256) * 256
@@ -91,6 +97,7 @@ class Context:
         flash_attn: on a CPU it is faster for long prefills and much slower for short batches and decoding.
         threads: None for `default_threads()`.
         unified: one buffer for all sequences instead of a stream each.
+        n_batch: most tokens that are computed at once.
         n_logits: most tokens of one batch whose logits may be asked for; None for n_seq. Memory grows with it.
         adapter: its LoRA, if it has one, is on for everything this context computes.
 
@@ -109,6 +116,7 @@ class Context:
         flash_attn: bool = False,
         threads: int | None = None,
         unified: bool = False,
+        n_batch: int = _BATCH,
         n_logits: int | None = None,
         adapter: "Adapter | None" = None,
     ) -> None:
@@ -139,7 +147,7 @@ class Context:
         params.n_ctx = cells
         params.n_seq_max = n_seq
         params.kv_unified = unified
-        params.n_batch = params.n_ubatch = _BATCH
+        params.n_batch = params.n_ubatch = n_batch
         params.n_outputs_max = max(n_seq, n_logits or 0)
         params.n_threads = params.n_threads_batch = threads or default_threads()
         params.type_k, params.type_v = KV_TYPES[type_k], KV_TYPES[type_v]
@@ -289,13 +297,18 @@ class Context:
 def _check_memory(model: Model, cells: int, kv_type: str) -> None:
     """Raises InputError if K and V alone would not fit into this machine: llama.cpp would try, and be killed for it."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    sizes = [gguf.GGML_QUANT_SIZES[KV_TYPES[name]] for name in split_kv_type(kv_type)]
-    per_cell = sum(model.n_layer * model.n_embd_kv * size // block for block, size in sizes)
-    if cells * (per_cell + _CELL_BYTES) > physical:
+    size = cells * (cell_bytes(model, kv_type) + _CELL_BYTES)
+    if size > physical:
         raise InputError(
-            f"{cells:,} cells of K and V ({kv_type}) need {cells * (per_cell + _CELL_BYTES) / 1e9:,.0f} GB; this "
-            f"machine has {physical / 1e9:,.0f} GB: use fewer or shorter sequences"
+            f"{cells:,} cells of K and V ({kv_type}) need {size / 1e9:,.0f} GB; this machine has "
+            f"{physical / 1e9:,.0f} GB: use fewer or shorter sequences"
         )
+
+
+def cell_bytes(model: Model, kv_type: str) -> int:
+    """What one cell of a cache of this type takes: K and V of all layers."""
+    sizes = [gguf.GGML_QUANT_SIZES[KV_TYPES[name]] for name in split_kv_type(kv_type)]
+    return sum(model.n_layer * model.n_embd_kv * size // block for block, size in sizes)
 
 
 def _even_chunks(tokens: Sequence[Token], most: int) -> Iterable[Sequence[Token]]:

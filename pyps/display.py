@@ -244,3 +244,54 @@ def show_evaluation(console: Console, found: dict[str, Any]) -> None:
             values = [m["families"][f][key] for f in families]
             table.add_row(mode, *("" if v is None else form.format(v) for v in values))
         console.print(table)
+
+
+def show_bench(console: Console, found: dict[str, Any]) -> None:
+    """The object that `pyps bench --json` prints, as a table for people."""
+    m, rows = found["machine"], found["rows"]
+    adapter = ", with its adapter" if found["adapter"] else ""
+    for line in (
+        f"{found['model']}{adapter}, {found['layout']} layout, {found['kv_type']}, task of {found['task']} tokens",
+        f"{m['cpu']}, {m['threads']} threads, llama-cpp-python {m['llama_cpp_python']}; medians of {found['repeat']}",
+        "",
+        "Time to first token, ms",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    for name in ("branches", "prompt", "text", "cache", "ratio", "spread", "join", "floor", "cache/floor", "K-shift"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for r in rows:
+        shift = "-" if r["kshift_ms"] is None else f"{r['kshift_ms']:,.0f}"
+        low, high = r["ratio_spread"]
+        table.add_row(
+            f"{r['branches']} x {r['tokens']}",
+            str(r["prompt"]),
+            f"{r['text_ms']:,.0f}",
+            f"{r['cache_ms']:,.1f}",
+            f"{r['ratio']:.1f}",
+            f"{low:.1f}-{high:.1f}",
+            f"{r['join_share']:.0%}",
+            f"{r['floor_ms']:,.1f}",
+            f"{r['floor_ratio']:.2f}",
+            shift,
+        )
+    console.print(table)
+    console.print("\nBranches decoding, tokens/s", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for name in ("branches", "in one batch", "one by one", "gain"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for r in {(r["branches"], r["tokens"]): r for r in rows}.values():
+        table.add_row(
+            f"{r['branches']} x {r['tokens']}",
+            f"{r['batch_tokens_s']:,.0f}",
+            f"{r['single_tokens_s']:,.0f}",
+            f"{r['batch_gain']:.2f}",
+        )
+    console.print(table)
+    text = f"\nA joined cell takes {found['cell_bytes']:,} bytes"
+    if found["peak_mb"] is not None:
+        text += (
+            f"; a process that does the last row's branches and synthesizer needs {found['peak_mb']:,.0f} MB, the "
+            f"model file's {found['model_mb']:,.0f} MB included"
+        )
+    console.print(text, highlight=False, soft_wrap=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import llama_cpp
 
 from pyps.adapter import Adapter
-from pyps.context import MAX_SEQUENCES, Context, Span, join, needs_flash_attn, round_up, split_kv_type
+from pyps.context import MAX_SEQUENCES, Context, Span, join, prefers_flash_attn, round_up, split_kv_type
 from pyps.errors import InputError
 from pyps.events import (
     AnswerToken,
@@ -89,8 +89,7 @@ class ForkJoin:
         self._kv_type = kv_type
         self._n_ctx = n_ctx
         self._threads = threads
-        # on a GPU flash attention is the better choice for every batch
-        self._flash_attn = needs_flash_attn(kv_type) or bool(llama_cpp.llama_supports_gpu_offload())
+        self._flash_attn = prefers_flash_attn(kv_type)
 
     @classmethod
     def from_pretrained(

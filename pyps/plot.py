@@ -74,6 +74,37 @@ def draw_evaluation(modes: dict[str, Any]) -> Figure:
     return figure
 
 
+def draw_bench(rows: Sequence[dict[str, Any]]) -> Figure:
+    """How many times sooner the first token comes from caches, and where the time goes (rows of bench.measure)."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[2, 3])
+    lines = dict.fromkeys((r["branches"], r["prompt"]) for r in rows)
+    for i, (branches, prompt) in enumerate(lines):
+        mine = sorted(
+            (r for r in rows if (r["branches"], r["prompt"]) == (branches, prompt)), key=lambda r: r["tokens"]
+        )
+        at, ratios = [r["tokens"] for r in mine], [r["ratio"] for r in mine]
+        left.plot(at, ratios, "o-", color=f"C{i}", label=f"{branches} branches, prompt of {prompt}")
+        left.fill_between(at, *zip(*(r["ratio_spread"] for r in mine), strict=True), color=f"C{i}", alpha=0.15)
+    left.set_title("time to first token, text / cache", fontsize=10)
+    left.set_xlabel("tokens of each branch")
+    left.set_xticks(sorted({r["tokens"] for r in rows}))
+    left.set_ylim(bottom=0)
+    left.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    names = [f"{r['branches']} x {r['tokens']}\n+ {r['prompt']}" for r in rows]
+    right.bar(names, [r["join_ms"] for r in rows], label="join", color="C1")
+    rest = [r["cache_ms"] - r["join_ms"] for r in rows]
+    right.bar(names, rest, bottom=[r["join_ms"] for r in rows], label="synthesizer's prompt", color="C0")
+    right.plot(names, [r["floor_ms"] for r in rows], "k_", markersize=18, label="floor")
+    right.set_title("from caches to the first token, ms", fontsize=10)
+    right.tick_params(axis="x", labelsize=8)
+    right.grid(axis="y", alpha=0.3)
+    right.margins(y=0.2)
+    right.legend(fontsize=8, ncols=3, loc="upper left")
+    return figure
+
+
 def _bars(axes: Axes, modes: dict[str, Any], families: Sequence[str], key: str, first_colour: int = 0) -> None:
     width = 0.8 / max(len(modes), 1)
     for i, (mode, measures) in enumerate(modes.items()):

@@ -120,6 +120,16 @@ def test_the_command(folder: Path) -> None:
     assert "holds a run with another config" in other.stderr
 
 
+def test_a_full_disk_ends_a_run_with_one_line(folder: Path) -> None:
+    partial = folder / "run" / f"{CHECKPOINT}.part"
+    partial.parent.mkdir()
+    partial.symlink_to("/dev/full")
+    done = pyps("train", str(config(folder, steps=1)))
+    assert done.returncode == 1
+    assert done.stderr.endswith("pyps: [Errno 28] No space left on device\n")
+    assert not list((folder / "run").glob("*.p[ta]*")), "neither a checkpoint nor half of one"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

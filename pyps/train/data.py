@@ -27,10 +27,11 @@ def prepare(
     described = [model.name, layout, *(e.model_dump_json(exclude_defaults=True) for e in examples)]
     head = {"examples": hashlib.sha256("\n".join(described).encode()).hexdigest()}
     done = _read_tokens(path, head)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text("".join(json.dumps(values) + "\n" for values in [head, *map(asdict, done)]))
+    partial.replace(path)  # without a line that was cut off, and never less than before
     said = time.monotonic()
-    with path.open("w") as file:
-        for values in [head, *map(asdict, done)]:
-            file.write(json.dumps(values) + "\n")
+    with path.open("a") as file:
         while len(done) < len(examples):
             chunk = examples[len(done) : len(done) + _TOGETHER]
             new = add_answers(model, lay_out(model, layout, chunk, seed=len(done)))

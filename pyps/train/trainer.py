@@ -258,8 +258,12 @@ class Trainer:
             "schedule": self._schedule.state_dict(),
         }
         partial = output / f"{CHECKPOINT}.part"
-        torch.save(state, partial)
-        partial.replace(output / CHECKPOINT)
+        try:
+            with partial.open("wb") as file:  # a full disk is an OSError then; with a path it is something of torch's
+                torch.save(state, file)
+            partial.replace(output / CHECKPOINT)
+        finally:
+            partial.unlink(missing_ok=True)
         write_adapter(
             output / ADAPTER,
             self._shape,

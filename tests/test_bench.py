@@ -1,0 +1,156 @@
+"""pyps bench: both sides do what they say, rows keep their contract, impossible sizes are said. No time is judged."""
+
+import json
+import signal
+from pathlib import Path
+
+import gguf
+import pytest
+from test_cli import pyps, start, wait_for
+from tiny import mapper_metadata, write_adapter, write_model
+
+from pyps.adapter import Adapter
+from pyps.bench import Case, _Sides, measure
+from pyps.errors import InputError
+from pyps.model import Model
+from pyps.shapes import Shape, write_shape
+
+KEYS = ["text_ms", "cache_ms", "join_ms", "floor_ms", "kshift_ms", "ratio"]
+SMALL = ["--branches", "2,3", "--tokens", "8", "--prompt", "4,5", "--task", "6", "--repeat", "2"]
+
+
+@pytest.mark.parametrize("layout", ["shared", "paper"])
+def test_what_is_timed_is_what_a_run_does(tiny: Model, tmp_path: Path, layout: str) -> None:
+    """After a round, the sides hold the cells they should, and cache and floor have seen the same."""
+    adapter = Adapter(write_adapter(tmp_path / "a.gguf", mapper=mapper_metadata(1)), tiny)
+    case = Case(branches=3, tokens=8, prompt=5, task=6)
+    with _Sides(tiny, adapter, layout, case, "f32", None) as sides:
+        assert len(sides._texts) == 4
+        tokens: list[int] = []
+        logits = []
+        first_token = sides._first_token
+
+        def spy(ctx, prompt):  # type: ignore[no-untyped-def]
+            first_token(ctx, prompt)
+            tokens.append(len(prompt))
+            logits.append(ctx.logits())
+
+        sides._first_token = spy  # type: ignore[method-assign]
+        for _ in range(2):
+            sides.step(keep=True)
+        synthesizer = 5 if layout == "shared" else 6 + 5
+        text = 3 * 8 + 5
+        first_round = [synthesizer] * 2 + [text] * 4 + [synthesizer]  # cache, floor, text in all settings, K-shift
+        assert tokens == [*first_round, synthesizer, synthesizer, text, synthesizer]
+        assert logits[0] == pytest.approx(logits[1], abs=1e-5), "the floor reads the same cells"
+        assert logits[7] == pytest.approx(logits[0], abs=1e-5), "nothing is left over from the first round"
+        assert logits[10] == pytest.approx(logits[6], abs=1e-4), "nor of the K-shift: keys went back"
+        assert logits[6] != pytest.approx(logits[0], abs=1e-2), "it has neither mapper nor LoRA"
+        position = (6 if layout == "shared" else 0) + 8
+        assert sides._synthesizer.end(0) == position + synthesizer, "spans overlap"
+        (text_context,) = sides._texts.values()
+        assert text_context.end(0) == 6 + text
+    adapter.close()
+
+
+def test_k_shift_and_join_agree(tiny: Model) -> None:
+    """Without an adapter llama.cpp's own pieces give the same logits: the comparison is of like with like."""
+    with _Sides(tiny, None, "shared", Case(2, 8, 4, 6), "f32", None) as sides:
+        seen = []
+        first_token = sides._first_token
+
+        def spy(ctx, prompt):  # type: ignore[no-untyped-def]
+            first_token(ctx, prompt)
+            seen.append(ctx.logits())
+
+        sides._first_token = spy  # type: ignore[method-assign]
+        sides.step(keep=True)
+        assert seen[-1] == pytest.approx(seen[0], abs=1e-4)
+
+
+def test_rows(tiny_path: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "b.png"
+    done = pyps("bench", "--model", str(tiny_path), *SMALL, "--json", "--plot", str(picture))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    rows = found["rows"]
+    assert [(r["branches"], r["tokens"], r["prompt"]) for r in rows] == [(2, 8, 4), (2, 8, 5), (3, 8, 4), (3, 8, 5)]
+    for row in rows:
+        assert row["layout"] == "shared"
+        for key in KEYS:
+            low, high = row[f"{key}_spread"]
+            assert 0 < low <= row[key] <= high
+        assert row["join_ms"] < row["cache_ms"]
+        assert row["ratio_spread"][0] <= row["ratio"] <= row["ratio_spread"][1]
+        assert row["batch_tokens_s"] > 0 and row["text_setting"].startswith("flash attention")
+    assert (
+        found["machine"]["threads"] >= 1
+        and found["cell_bytes"] == 4 * 32 * 2 * 2
+        and found["peak_mb"] > found["model_mb"] > 0
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_fits_a_terminal(tiny_path: Path) -> None:
+    done = pyps("bench", "--model", str(tiny_path), *SMALL, "--layout", "paper")
+    assert done.returncode == 0, done.stderr
+    assert "Time to first token" in done.stdout and "K-shift" in done.stdout and "…" not in done.stdout
+    assert "paper layout" in done.stdout and "tokens/s" in done.stdout
+
+
+def test_ctrl_c_keeps_what_is_done(tiny_path: Path) -> None:
+    process = start("bench", "--model", str(tiny_path), *SMALL[:-1], "1000")
+    wait_for(process, "2 x 8 tokens, prompt 4")
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped after" in errors and "Traceback" not in errors + output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--branches", "x"], "--branches must be whole numbers"),
+        (["--branches", ""], "--branches must be whole numbers"),
+        (["--branches", "0"], "branches must be 1 to 128, not 0"),
+        (["--branches", "300"], "branches must be 1 to 128, not 300"),
+        (["--tokens", "-4"], "tokens must be 1 to"),
+        (["--tokens", "99999999999"], "tokens must be 1 to"),
+        (["--prompt", "0"], "prompt must be 1 to"),
+        (["--task", "0"], "task must be 1 to"),
+        (["--threads", "0"], "threads must be between"),
+        (["--kv-type", "q8_0"], "cannot have q8_0 keys"),
+        (["--branches", "128", "--tokens", "1000000"], "this machine has"),
+        (["--plot", "nowhere/x.png"], "no such folder"),
+        (["--shape", "7b"], "'7b' is not one of"),
+    ],
+)
+def test_mistakes(tiny_path: Path, arguments: list[str], message: str) -> None:
+    done = pyps("bench", "--model", str(tiny_path), "--repeat", "1", "--tokens", "8", *arguments)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_models_that_cannot_be_joined(tmp_path: Path) -> None:
+    model = Model.load(write_model(tmp_path / "m.gguf", "mamba"))
+    with pytest.raises(Exception, match="cannot be joined"):
+        next(measure(model, None, "shared", [Case(2, 8, 4, 6)], repeat=1))
+    model.close()
+
+
+def test_shapes(tmp_path: Path, smollm2_path: Path) -> None:
+    path = tmp_path / "s.gguf"
+    done: list[float] = []
+    write_shape(path, Shape(2, 128, 256, 4, 2, 32), smollm2_path, done.append)
+    assert done[-1] == 1.0 and done == sorted(done)
+    model = Model.load(path)
+    assert (model.n_layer, model.n_embd, model.n_embd_kv, model.n_vocab) == (2, 128, 64, 49152)
+    assert model.tokenize("Some text.") == Model.load(smollm2_path).tokenize("Some text.")
+    (row,) = measure(model, None, "shared", [Case(2, 8, 4, 6)], repeat=1)
+    assert row["ratio"] > 0
+    model.close()
+    up = next(t for t in gguf.GGUFReader(path).tensors if "ffn_up" in t.name)
+    values = gguf.dequantize(up.data, up.tensor_type)
+    assert 0.5 < values.std() * 128**0.5 < 2, "outputs are about as large as inputs"
+    with pytest.raises(InputError, match="cannot be written"):
+        write_shape(tmp_path / "no" / "s.gguf", Shape(1, 64, 64, 2, 1, 32), smollm2_path)
