@@ -13,9 +13,10 @@ import llama_cpp
 
 from pyps import log
 from pyps.errors import InputError
+from pyps.gguf_file import open_gguf
 from pyps.layout import LAYOUTS
 from pyps.mapper import Mapper
-from pyps.model import Model, check_gguf
+from pyps.model import Model
 
 _STRING, _FLOAT32 = gguf.GGUFValueType.STRING, gguf.GGUFValueType.FLOAT32
 # what llama_adapter_lora_init reads, with the only type that does not abort the process
@@ -48,14 +49,11 @@ class Adapter:
         self.warnings: list[str] = []
         self.lora: ctypes.c_void_p | None = None
         self._model = model
-        check_gguf(self.path, "adapter")
-        try:
-            metadata, tensors = _read(self.path)
+        with open_gguf(self.path, "adapter") as reader:
+            metadata, tensors = _read(reader, self.path.stat().st_size)
             self._check(metadata, model)
             _check_lora(metadata, tensors)
             self.mapper = Mapper.from_metadata(metadata)
-        except InputError as error:
-            raise InputError(f"{self.path}: {error}") from None
         layout = metadata.get("pyps.layout")
         if layout is not None and layout not in LAYOUTS:
             raise InputError(f"{self.path}: pyps.layout is {layout!r}; this version of pyps knows {', '.join(LAYOUTS)}")
@@ -103,18 +101,12 @@ class Adapter:
         self.lora = None
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, gguf.GGMLQuantizationType]]:
-    """The file's metadata, and its tensors' types by name. Raises InputError if it is damaged."""
-    try:
-        reader = gguf.GGUFReader(path)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-        types = {name: field.types[0] if field.types else None for name, field in reader.fields.items()}
-        tensors = {t.name: t.tensor_type for t in reader.tensors}
-        size = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
-    except Exception as error:
-        # gguf's reader indexes a memory map without checks: a damaged file shows as almost any exception
-        raise InputError(f"the file is damaged or cut off ({type(error).__name__}: {error})") from None
-    if size > path.stat().st_size:
+def _read(reader: gguf.GGUFReader, file_size: int) -> tuple[dict[str, Any], dict[str, gguf.GGMLQuantizationType]]:
+    """The file's metadata, and its tensors' types by name."""
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    types = {name: field.types[0] if field.types else None for name, field in reader.fields.items()}
+    tensors = {t.name: t.tensor_type for t in reader.tensors}
+    if max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0) > file_size:
         raise InputError("the file is cut off: tensor data is missing")
     for key, expected in _LLAMA_CPP_KEYS.items():
         if key in types and types[key] != expected:

@@ -11,6 +11,7 @@ import llama_cpp
 
 from pyps import log
 from pyps.errors import InputError, RefusedError
+from pyps.gguf_file import check_gguf
 from pyps.native import _native
 from pyps.trial import try_to_load
 
@@ -248,16 +249,3 @@ class Model:
 def hash_norms(values: bytes) -> str:
     """A fingerprint from the values of all tensors named *norm.weight, in the order of their names."""
     return hashlib.sha256(values).hexdigest()[:16]
-
-
-def check_gguf(path: Path, what: str) -> None:
-    """Raises InputError unless path is a readable file that starts like GGUF. Cheap: reads four bytes."""
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such {what} file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the {what}: {error.strerror}") from None
-    if magic != b"GGUF":
-        raise InputError(f"{path}: not a GGUF file, so not a {what} that llama.cpp can read")

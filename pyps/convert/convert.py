@@ -9,8 +9,9 @@ import gguf
 from pyps.convert.lora import Shape, read_adapter, tensor_names, write_adapter
 from pyps.convert.peft import merge, read_checkpoint, write_checkpoint
 from pyps.errors import InputError
+from pyps.gguf_file import open_gguf
 from pyps.mapper import Mapper
-from pyps.model import check_gguf, hash_norms
+from pyps.model import hash_norms
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,16 @@ class Base:
 
 def read_base(path: Path) -> Base:
     """Of a GGUF model. Raises InputError if it is none."""
-    check_gguf(path, "model")
-    try:
-        reader = gguf.GGUFReader(path)
+    with open_gguf(path, "model") as reader:
         fields = {name: field.contents() for name, field in reader.fields.items() if "tokenizer." not in name}
         arch = fields[gguf.Keys.General.ARCHITECTURE]
+        if f"{arch}.block_count" not in fields:
+            raise InputError("not a language model")
         heads = fields[f"{arch}.attention.head_count"]
         shape = Shape(arch, fields[f"{arch}.block_count"], heads, fields.get(f"{arch}.attention.head_count_kv", heads))
         norms = sorted((t for t in reader.tensors if t.name.endswith("norm.weight")), key=lambda t: t.name)
         fingerprint = hash_norms(b"".join(t.data.tobytes() for t in norms))
         linear = {t.name: tuple(int(n) for n in t.shape) for t in reader.tensors}
-    except Exception as error:
-        # gguf's reader indexes a memory map without checks: a damaged file shows as almost any exception
-        raise InputError(f"{path}: not a language model, or damaged ({type(error).__name__}: {error})") from None
     return Base(shape, fields.get(gguf.Keys.General.NAME, ""), fingerprint, linear)
 
 

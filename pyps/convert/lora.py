@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyps.errors import InputError
+from pyps.gguf_file import open_gguf
 from pyps.mapper import Mapper
-from pyps.model import check_gguf
 
 VERSION = 1
 TYPES = {name: gguf.GGMLQuantizationType[name.upper()] for name in ("f32", "f16", "bf16", "q8_0")}
@@ -146,14 +146,9 @@ def read_adapter(path: Path, shape: Shape) -> tuple[dict[str, Any], Lora, float]
     name for.
     """
     shape.check()
-    check_gguf(path, "adapter")
-    try:
-        reader = gguf.GGUFReader(path)
+    with open_gguf(path, "adapter") as reader:
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         parts = {t.name: np.array(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
-    except Exception as error:
-        # gguf's reader indexes a memory map without checks: a damaged file shows as almost any exception
-        raise InputError(f"{path}: the file is damaged ({type(error).__name__}: {error})") from None
     if metadata.get(gguf.Keys.General.TYPE) != gguf.GGUFType.ADAPTER:
         raise InputError(f"{path}: not an adapter")
     if (arch := metadata.get(gguf.Keys.General.ARCHITECTURE)) != shape.arch:
