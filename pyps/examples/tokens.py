@@ -1,7 +1,9 @@
 """Examples in tokens, laid out as the runtime does, with its own tokenizer; what is missing in them is generated."""
 
+import itertools
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from pyps.context import MAX_SEQUENCES, Context
 from pyps.examples.example import Example
@@ -40,6 +42,7 @@ class TokenExample:
         answer: what the synthesizer is to say, its end-of-turn token included.
         given: whether the data gave the answer, or the text synthesizer did.
         in_order: how the outputs are placed (layout.place).
+        decisive: which tokens of a given answer make it right (decisive_tokens); if none are known, all do.
     """
 
     prefix: list[int]
@@ -50,6 +53,8 @@ class TokenExample:
     answer: list[int]
     given: bool = True
     in_order: bool = False
+    # not of what is computed without gradient, which is kept under the name of the rest (train/encoded.py)
+    decisive: list[int] = field(default_factory=list, repr=False)
 
     @property
     def n_cells(self) -> int:
@@ -143,6 +148,18 @@ def _generate(model: Model, prompts: Sequence[list[int]], sampling: Sampling, se
 def text_of(model: Model, tokens: Sequence[int]) -> str:
     """What the tokens say; bytes that are no UTF-8 are replaced."""
     return b"".join(map(model.piece, tokens)).decode(errors="replace")
+
+
+def decisive_tokens(model: Model, answer: Sequence[int], words: Sequence[str]) -> list[int]:
+    """The indices of an answer's tokens that are part of one of these words, of whatever case."""
+    pieces = [model.piece(token) for token in answer]
+    said = b"".join(pieces)
+    ends = list(itertools.accumulate(map(len, pieces)))
+    found = set()
+    for word in words:
+        for match in re.finditer(rb"(?<!\w)%b(?!\w)" % re.escape(word.encode()), said, re.IGNORECASE):
+            found |= {i for i, end in enumerate(ends) if match.start() < end and end - len(pieces[i]) < match.end()}
+    return sorted(found)
 
 
 def _with_end(model: Model, g: Generation) -> list[int]:

@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from pyps.convert.lora import Lora, Shape, read_adapter, write_adapter
 from pyps.errors import InputError
 from pyps.examples.example import read_examples
+from pyps.examples.tokens import TokenExample, decisive_tokens
 from pyps.mapper import Mapper
 from pyps.model import Model
 from pyps.models import find_adapter, find_model
@@ -41,7 +42,7 @@ class Measures:
 
     Attributes:
         kl: from the text synthesizer's next-token distribution, in nats; kl_first: of the first token.
-        ce: cross-entropy of the target, in nats.
+        ce: cross-entropy of the target, in nats; of its decisive tokens only, where they are known.
         agreement: how often the most likely token is the text synthesizer's.
     """
 
@@ -88,7 +89,12 @@ class Trainer:
             with self._accelerator.main_process_first():  # the others find what it has written
                 # numbered through: first those to train on, then those to measure on
                 tokens = prepare(model, config.layout, data + held_out, config.output / TOKENS, self._report)
-            self._examples = [replace(e, in_order=config.in_order) for e in tokens]
+            self._examples = [
+                replace(
+                    t, in_order=config.in_order, decisive=decisive_tokens(model, t.answer, e.answer) if t.given else []
+                )
+                for t, e in zip(tokens, data + held_out, strict=True)
+            ]
             arch = model.arch
         finally:
             model.close()
@@ -203,7 +209,8 @@ class Trainer:
         soon = [i for step in range(first, min(first + _WINDOW, self.config.steps)) for i in self._batch(step)]
         examples = [self._examples[i] for i in batch]
         self._optimizer.zero_grad()
-        kl, ce, measures = _losses(*self._module(examples, self._encode(batch, soon)))
+        student, teacher, targets, example = self._module(examples, self._encode(batch, soon))
+        kl, ce, measures = _losses(student, teacher, targets, example, examples)
         # a text synthesizer's answer is learned from its distribution, if at all from that
         given = torch.tensor([float(e.given or self.config.kl == 0) for e in examples], device=ce.device)
         self._accelerator.backward(self.config.kl * kl.mean() + self.config.ce * (given * ce).mean())
@@ -223,7 +230,8 @@ class Trainer:
         for start in range(0, len(mine), _ENCODE_TOGETHER):
             batch = mine[start : start + _ENCODE_TOGETHER]
             examples = [self._examples[i] for i in batch]
-            found.append(_losses(*self.synthesis(examples, self._encode(batch, mine)))[2])
+            student, teacher, targets, example = self.synthesis(examples, self._encode(batch, mine))
+            found.append(_losses(student, teacher, targets, example, examples)[2])
             sizes.append(len(batch))
         mean = self._mean(found, sizes)
         self._log({"step": self.step, "held_out": asdict(mean)})
@@ -302,21 +310,30 @@ def _order(n: int, seed: int, epoch: int) -> list[int]:
 
 
 def _losses(
-    student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, example: torch.Tensor
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    targets: torch.Tensor,
+    example: torch.Tensor,
+    batch: Sequence[TokenExample],
 ) -> tuple[torch.Tensor, torch.Tensor, Measures]:
-    """KL and cross-entropy of each example, [examples]; and what to report."""
+    """KL and cross-entropy of each example, [examples]; and what to report. Cross-entropy is of the decisive tokens:
+    the rest is wording, where a target and the text synthesizer's distribution pull in different directions."""
     p, q = teacher.log_softmax(-1), student.log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1)
     ce = cross_entropy(student, targets, reduction="none")
-    n = int(example.max()) + 1
-    counts = torch.bincount(example, minlength=n)
+    n = len(batch)
 
-    def each(values: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(n, device=values.device).index_add(0, example, values) / counts
+    def each(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        """Means over the tokens that are counted."""
+        sums = torch.zeros(2, n, device=values.device).index_add(1, example, torch.stack([values * counted, counted]))
+        return sums[0] / sums[1]
+
+    every = torch.ones_like(ce)
+    decisive = [float(not e.decisive or i in e.decisive) for e in batch for i in range(len(e.answer))]
 
     first = torch.cat([example[:1] == example[:1], example[1:] != example[:-1]])
-    agreement = each((student.argmax(-1) == teacher.argmax(-1)).float())
-    kl, ce, kl_first = each(kl), each(ce), kl[first]
+    agreement = each((student.argmax(-1) == teacher.argmax(-1)).float(), every)
+    kl, ce, kl_first = each(kl, every), each(ce, torch.tensor(decisive, device=ce.device)), kl[first]
     return kl, ce, Measures(*(float(x.detach().mean()) for x in (kl, kl_first, ce, agreement)))
 
 
