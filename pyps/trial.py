@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import signal
 import subprocess
 from pathlib import Path
 
@@ -26,6 +27,8 @@ def try_to_load(path: Path) -> None:
     # no GPU: its memory is not for a trial; no backtrace: it would start a debugger
     quiet = {"CUDA_VISIBLE_DEVICES": "", "GGML_NO_BACKTRACE": "1"}
     done = subprocess.run([_PROGRAM, path], capture_output=True, text=True, errors="replace", env=os.environ | quiet)
+    if done.returncode == -signal.SIGKILL:
+        raise InputError(f"{path}: the system killed a trial with it, for want of memory most likely")
     if done.returncode:
         words = re.search(r"GGML_ASSERT.*|what\(\): .*", done.stderr)
         raise InputError(

@@ -130,6 +130,15 @@ def test_files_on_which_llama_cpp_aborts(tmp_path: Path, arch: str, key: str, va
         Model.load(path)
 
 
+def test_a_trial_that_the_system_kills_is_not_called_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = tmp_path / "killed"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr("pyps.trial._PROGRAM", killed)
+    with pytest.raises(InputError, match="the system killed a trial with it, for want of memory"):
+        Model.load(write_model(tmp_path / "m.gguf"))
+
+
 def test_a_good_file_is_tried_once(smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYPS_CACHE", str(tmp_path))
     for _ in range(2):
