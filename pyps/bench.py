@@ -13,7 +13,6 @@ one that is cut off by max_tokens still has its last token to compute.
 
 import concurrent.futures
 import multiprocessing
-import platform
 import signal
 import statistics
 import sys
@@ -27,16 +26,17 @@ from typing import Any
 import llama_cpp
 
 from pyps.adapter import Adapter
-from pyps.context import Context, Span, Token, default_threads, join, prefers_flash_attn
+from pyps.context import Context, Span, Token, join, prefers_flash_attn
 from pyps.errors import InputError
 from pyps.forkjoin import ForkJoin
 from pyps.layout import place
 from pyps.model import Model
 from pyps.sampling import Sampler, Sampling
+from pyps.tuned import cpu_name
 
 _INSTRUCTION = 16  # tokens that a branch is told before it writes
 _DECODED = 16  # tokens of each branch over which the decoding rate is taken
-_TEXT_SETTINGS = tuple(product((False, True), (512, 2048)))  # flash attention, tokens computed at once
+_TEXT_SETTINGS = tuple(product((False, True), (256, 512, 2048)))  # flash attention, tokens computed at once
 
 _TEXT = (
     "The harbour wakes before the town does. Crates are counted, ropes are coiled, and somebody always asks where the "
@@ -309,12 +309,6 @@ def _peak_memory(path: Path, adapter: Path | None, layout: str, kv_type: str, ca
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6
 
 
-def describe_machine(threads: int | None) -> dict[str, Any]:
+def describe_machine(model: Model, threads: int | None) -> dict[str, Any]:
     """Without which numbers mean nothing."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass  # not Linux, or not a PC
-    return {"cpu": name, "threads": threads or default_threads(), "llama_cpp_python": llama_cpp.__version__}
+    return {"cpu": cpu_name(), "threads": threads or model.tuned.threads, "llama_cpp_python": llama_cpp.__version__}

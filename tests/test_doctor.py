@@ -3,21 +3,59 @@
 import json
 from pathlib import Path
 
+import llama_cpp
 import pytest
 from test_cli import pyps
 from tiny import write_model
 
-from pyps.doctor import examine
+from pyps.context import Context
+from pyps.doctor import _fastest, examine
+from pyps.model import Model
+from pyps.tuned import Tuned, default_threads
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is found out here, while other things run, is not for the user to keep."""
+    monkeypatch.setenv("PYPS_CACHE", str(tmp_path / "cache"))
 
 
 def test_a_model_that_can_be_joined(smollm2_path: Path) -> None:
-    done = pyps("doctor", str(smollm2_path))
+    done = pyps("doctor", str(smollm2_path), "--json")
     assert done.returncode == 0, done.stderr
-    assert "cache mode        yes" in done.stdout
-    report = json.loads(pyps("doctor", "smollm2", "--json").stdout)
+    report = json.loads(done.stdout)
     assert report["model"]["arch"] == "llama"
     assert report["model"]["layers"] == 30
     assert set(report["model"]["kv_types"].values()) == {""}
+
+
+def test_what_suits_the_machine_is_kept_and_used(tiny_path: Path, tmp_path: Path) -> None:
+    model = Model.load(tiny_path)
+    assert model.tuned == Tuned(default_threads(), 512)
+    model.close()
+    done = pyps("doctor", str(tiny_path))
+    assert done.returncode == 0, done.stderr
+    assert "cache mode        yes" in done.stdout
+    (kept,) = (tmp_path / "cache" / "tuned").iterdir()
+    found = Tuned(**json.loads(kept.read_text()))
+    assert f"{found.threads} threads, {found.batch:,} tokens at once; used from now on" in done.stdout
+    kept.write_text('{"threads": 3, "batch": 64}')
+    model = Model.load(tiny_path)
+    with Context(model, 256) as ctx:
+        assert ctx.n_batch == 64 and llama_cpp.llama_n_threads(ctx.pointer) == 3
+    with Context(model, 256, threads=1, n_batch=32) as ctx:
+        assert ctx.n_batch == 32 and llama_cpp.llama_n_threads(ctx.pointer) == 1
+    model.close()
+    for damaged in ("", "[]", '{"threads": 0, "batch": 64}', '{"threads": 1}', '{"threads": "x", "batch": 1}'):
+        kept.write_text(damaged)
+        model = Model.load(tiny_path)
+        assert model.tuned == Tuned(default_threads(), 512)
+        model.close()
+
+
+def test_the_fastest_is_another_only_if_it_surely_is() -> None:
+    assert _fastest(2, {1, 2, 4}, lambda n: {1: 2.0, 2: 1.0, 4: 0.97}[n]) == 2
+    assert _fastest(2, {1, 2, 4}, lambda n: {1: 2.0, 2: 1.0, 4: 0.5}[n]) == 4
 
 
 def test_a_model_that_cannot(tmp_path: Path) -> None:
