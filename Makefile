@@ -6,7 +6,7 @@
 # make soak    a thousand forks, joins and generations in one process: memory must stay where it is
 # make bench   time to first token, cache against text, and what bounds it (pyps bench)
 # make bench-compare REF=COMMIT   the same of an earlier commit and of this one, in turn
-# make adapter trains the adapter that comes with pyps (models/): an hour on two cores, resumable
+# make adapter trains the adapter that comes with pyps (models/): two hours on two cores, resumable
 # make clean   remove .venv and build
 #
 # The first build compiles llama-cpp-python (three to ten minutes); its wheel is kept in WHEELS for the next clone.
@@ -74,7 +74,7 @@ bench-compare: $(VENV)/installed-test
 adapter: $(VENV)/installed-test
 	mkdir -p build/adapter
 	cp models/smollm2-135m-instruct.yaml build/adapter/train.yaml
-	$(BIN)/pyps data families build/adapter/examples --train 1120 --held-out 56
+	$(BIN)/pyps data families build/adapter/examples --train 6000 --held-out 104
 	$(BIN)/pyps train build/adapter/train.yaml
 	cp build/adapter/run/adapter.gguf models/smollm2-135m-instruct.gguf
 	cp build/adapter/run/report.png models/training.png

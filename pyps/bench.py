@@ -15,7 +15,6 @@ import concurrent.futures
 import multiprocessing
 import signal
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -300,13 +299,17 @@ def _ignore_ctrl_c() -> None:
 
 
 def _peak_memory(path: Path, adapter: Path | None, layout: str, kv_type: str, case: Case) -> float:
-    import resource  # not on Windows
-
     sampling = Sampling(max_tokens=case.tokens, seed=1, ignore_eos=True)
     with ForkJoin.from_pretrained(str(path), adapter=adapter, layout=layout, kv_type=kv_type) as fj:
         fj.run(_TEXT, [""] * case.branches, sampling=sampling, answer=Sampling(max_tokens=1))
-    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6
+    try:
+        # not getrusage: on Linux a new process begins with its parent's peak there
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS: bytes
 
 
 def describe_machine(model: Model, threads: int | None) -> dict[str, Any]:

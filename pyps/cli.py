@@ -354,7 +354,7 @@ def evaluate(
 )
 @_adapter
 @_layout
-@click.option("--branches", default="4,8", show_default=True, metavar="N,N,…", help="How many.")
+@click.option("--branches", default="4", show_default=True, metavar="N,N,…", help="How many.")
 @click.option("--tokens", default="128,256,512", show_default=True, metavar="N,N,…", help="Of each branch.")
 @click.option("--prompt", default="32", show_default=True, metavar="N,N,…", help="Tokens of the synthesizer's prompt.")
 @click.option(
