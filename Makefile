@@ -68,7 +68,7 @@ bench-compare: $(VENV)/installed-test
 	git clone --quiet . build/compare
 	git -C build/compare checkout --quiet $(REF)
 	$(MAKE) -C build/compare VENV=.venv .venv/installed
-	$(BIN)/python bench/compare.py build/compare/.venv/bin/pyps $(BIN)/pyps
+	$(BIN)/python bench/compare.py build/compare/.venv/bin/pyps $(BIN)/pyps --tokens 256
 
 # held-out entities and phrasings stay out of the examples; the suite of `pyps eval` has others of those
 adapter: $(VENV)/installed-test

@@ -26,7 +26,7 @@ import llama_cpp
 
 from pyps.adapter import Adapter
 from pyps.context import Context, Span, Token, join, prefers_flash_attn
-from pyps.errors import InputError
+from pyps.errors import InputError, PypsError
 from pyps.forkjoin import ForkJoin
 from pyps.layout import place
 from pyps.model import Model
@@ -229,7 +229,8 @@ class _Sides:
             self._first_token(ctx, tail)
             took[name] = (time.perf_counter() - began) * 1e3
         best = min(took, key=lambda name: took[name])
-        self._texts = {best: self._texts[best]}
+        for name in took.keys() - {best}:
+            self._texts.pop(name).close()
         return {"text": took[best]}
 
     def _kshift(self, ctx: Context) -> float:
@@ -290,8 +291,8 @@ def peak_memory(path: Path, adapter: Path | None, layout: str, kv_type: str, cas
     with concurrent.futures.ProcessPoolExecutor(1, spawn, _ignore_ctrl_c) as pool:
         try:
             return pool.submit(_peak_memory, path, adapter, layout, kv_type, case).result()
-        except concurrent.futures.BrokenExecutor:
-            return None
+        except (concurrent.futures.BrokenExecutor, PypsError):
+            return None  # killed; or more positions than the model has, which tokens without a meaning do not need
 
 
 def _ignore_ctrl_c() -> None:

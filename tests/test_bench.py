@@ -91,6 +91,14 @@ def test_rows(tiny_path: Path, tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_more_tokens_than_the_model_was_trained_on(tiny_path: Path) -> None:
+    arguments = ["--branches", "1", "--tokens", "2100", "--prompt", "4", "--repeat", "1", "--json"]
+    done = pyps("bench", "--model", str(tiny_path), *arguments)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["peak_mb"] is None and found["rows"][0]["ratio"] > 0
+
+
 def test_the_table_fits_a_terminal(tiny_path: Path) -> None:
     done = pyps("bench", "--model", str(tiny_path), *SMALL, "--layout", "paper")
     assert done.returncode == 0, done.stderr
