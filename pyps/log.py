@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import re
+import signal
 import sys
 import threading
 from collections import deque
@@ -36,9 +37,15 @@ def _collect(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
 def captured(listen: Callable[[str], None] | None = None) -> Iterator[None]:
     """While inside, llama.cpp's log goes to memory (and, with PYPS_LOG set, to stderr), not to llama_cpp's logger.
 
-    `listen` receives every line. May be nested and used from several threads.
+    `listen` receives every line. May be nested and used from several threads. Ctrl-C is raised at the end: raised
+    while llama.cpp calls back, it would only be printed, and lost.
     """
     global _depth
+    asked: list[int] = []
+    in_main = threading.current_thread() is threading.main_thread()
+    defers = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if defers:
+        signal.signal(signal.SIGINT, lambda number, _frame: asked.append(number))
     with _lock:
         _depth += 1
         if _depth == 1:
@@ -55,6 +62,10 @@ def captured(listen: Callable[[str], None] | None = None) -> Iterator[None]:
                 _listeners.remove(listen)
             if _depth == 0:
                 llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
+        if defers:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if asked:
+                raise KeyboardInterrupt
 
 
 def last_words() -> str:

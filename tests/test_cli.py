@@ -182,7 +182,7 @@ def test_ctrl_c_ends_with_what_there_is(as_json: bool) -> None:
 
 def test_ctrl_c_while_the_model_is_prepared(tmp_path: Path) -> None:
     process = start("run", TASK, *BRANCHES, PYPS_CACHE=str(tmp_path))
-    wait_for(process, "SmolLM2")
+    wait_for(process, "preparing")  # llama.cpp is at it, and calls back
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
