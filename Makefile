@@ -60,6 +60,7 @@ soak: $(VENV)/installed-test
 	$(BIN)/python bench/soak.py
 
 bench: $(VENV)/installed-test
+	mkdir -p build
 	$(BIN)/pyps bench --plot build/bench.png
 
 bench-compare: $(VENV)/installed-test
