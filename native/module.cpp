@@ -1,6 +1,7 @@
 // Python bindings. Contexts and models arrive as the addresses that llama_cpp's ctypes bindings hold.
 #include "cache.h"
 #include "join.h"
+#include "rows.h"
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -9,6 +10,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -56,34 +58,17 @@ Bytes make_bytes(size_t rows, size_t row_size) {
     return Bytes(data, { rows, row_size }, owner);
 }
 
-using Cells = std::tuple<std::vector<llama_pos>, std::vector<int64_t>, Bytes, Bytes>;
+using ConstBytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Cells      = std::tuple<std::vector<llama_pos>, std::vector<int64_t>, Bytes, Bytes>;
+using Rows       = std::vector<std::tuple<Bytes, Bytes>>;
+using ConstRows  = std::vector<std::tuple<ConstBytes, ConstBytes>>;
 
-Cells read_layer(const pyps::Cache & cache, const pyps::Layer & l, llama_seq_id seq) {
-    const auto          cells = cache.all_cells(seq);
-    const size_t        size  = ggml_type_size(l.v->type);  // of an element; used where V is transposed
-    const size_t        v_row = ggml_row_size(l.v->type, l.n_embd_v);
-
-    std::vector<llama_pos> pos;
-    std::vector<int64_t>   rows;
-    Bytes                  k = make_bytes(cells.size(), l.k->nb[1]);
-    Bytes                  v = make_bytes(cells.size(), v_row);
-    for (size_t i = 0; i < cells.size(); ++i) {
-        const auto & c = cells[i];
-        pos.push_back(c.pos);
-        rows.push_back((int64_t) c.stream * cache.n_cells() + c.index);
-        ggml_backend_tensor_get(l.k, k.data() + i * l.k->nb[1], c.stream * l.k->nb[2] + c.index * l.k->nb[1],
-                                l.k->nb[1]);
-        uint8_t * to = v.data() + i * v_row;
-        if (!cache.v_transposed()) {
-            ggml_backend_tensor_get(l.v, to, c.stream * l.v->nb[2] + c.index * l.v->nb[1], v_row);
-            continue;
-        }
-        for (int64_t j = 0; j < l.n_embd_v; ++j) {
-            ggml_backend_tensor_get(l.v, to + j * size,
-                                    c.stream * l.v->nb[2] + (j * cache.n_cells() + c.index) * size, size);
-        }
-    }
-    return { pos, rows, k, v };
+std::tuple<Bytes, Bytes> read_layer(const pyps::Cache & cache, const pyps::Layer & l,
+                                    const std::vector<pyps::Cell> & cells) {
+    Bytes k = make_bytes(cells.size(), pyps::k_row_size(l));
+    Bytes v = make_bytes(cells.size(), pyps::v_row_size(l));
+    pyps::read_rows(cache, l, cells, k.data(), v.data());
+    return { k, v };
 }
 
 Cells read_cells(uintptr_t address, llama_seq_id seq, size_t layer) {
@@ -92,12 +77,92 @@ Cells read_cells(uintptr_t address, llama_seq_id seq, size_t layer) {
     memory.settle();
     for (const pyps::Cache & cache : memory.caches()) {
         for (const pyps::Layer & l : cache.layers()) {
-            if (l.number == layer) {
-                return read_layer(cache, l, seq);
+            if (l.number != layer) {
+                continue;
             }
+            const auto             cells = cache.all_cells(seq);
+            std::vector<llama_pos> pos;
+            std::vector<int64_t>   rows;
+            for (const auto & c : cells) {
+                pos.push_back(c.pos);
+                rows.push_back((int64_t) c.stream * cache.n_cells() + c.index);
+            }
+            const auto [k, v] = read_layer(cache, l, cells);
+            return { pos, rows, k, v };
         }
     }
     throw pyps::InputError("there is no layer " + std::to_string(layer));
+}
+
+std::tuple<std::vector<llama_pos>, Rows> read_span(uintptr_t address, llama_seq_id seq, llama_pos p0, llama_pos p1) {
+    pyps::Memory memory(as_context(address));
+    memory.check_seq(seq);
+    memory.settle();
+    std::vector<llama_pos>                                pos;
+    std::vector<std::optional<std::tuple<Bytes, Bytes>>> found(memory.n_layers());
+    for (const pyps::Cache & cache : memory.caches()) {
+        const auto cells = cache.cells(seq, p0, p1);
+        pos.clear();
+        for (const auto & c : cells) {
+            pos.push_back(c.pos);
+        }
+        for (const pyps::Layer & l : cache.layers()) {
+            found.at(l.number) = read_layer(cache, l, cells);
+        }
+    }
+    Rows rows;
+    for (const auto & layer : found) {
+        rows.push_back(layer.value());
+    }
+    return { pos, rows };
+}
+
+void write_span(uintptr_t address, llama_seq_id seq, const std::vector<llama_pos> & pos, const ConstRows & rows) {
+    pyps::Memory memory(as_context(address));
+    memory.check_seq(seq);
+    memory.settle();
+    if (rows.size() != memory.n_layers()) {
+        throw pyps::InputError("there are K and V of " + std::to_string(rows.size()) + " layers; this model has " +
+                               std::to_string(memory.n_layers()));
+    }
+    std::vector<pyps::Cell> entries;
+    for (const llama_pos p : pos) {
+        if (p < 0) {
+            throw pyps::InputError("a cell cannot be at position " + std::to_string(p));
+        }
+        entries.push_back({ 0, 0, p, LLAMA_TOKEN_NULL });
+    }
+    std::vector<pyps::Reservation> reserved;
+    for (const pyps::Cache & cache : memory.caches()) {
+        for (const pyps::Layer & l : cache.layers()) {
+            const auto & [k, v] = rows[l.number];
+            if (k.shape(0) != pos.size() || v.shape(0) != pos.size() || k.shape(1) != pyps::k_row_size(l) ||
+                v.shape(1) != pyps::v_row_size(l)) {
+                throw pyps::InputError("K and V of layer " + std::to_string(l.number) + " must be " +
+                                       std::to_string(pos.size()) + " rows of " + std::to_string(pyps::k_row_size(l)) +
+                                       " and of " + std::to_string(pyps::v_row_size(l)) + " bytes");
+            }
+        }
+        reserved.push_back(cache.reserve(seq, entries));
+    }
+    nb::gil_scoped_release release;
+    for (size_t c = 0; c < reserved.size(); ++c) {
+        pyps::Cache & cache = memory.caches()[c];
+        for (const pyps::Layer & l : cache.layers()) {
+            const auto & [k, v] = rows[l.number];
+            pyps::write_rows(cache, l, reserved[c], k.data(), v.data());
+        }
+        cache.commit(reserved[c]);
+    }
+}
+
+std::vector<int64_t> hadamard(uintptr_t address) {
+    std::vector<int64_t> sizes;
+    const pyps::Memory   memory(as_context(address));
+    for (const pyps::Cache & cache : memory.caches()) {
+        sizes.insert(sizes.end(), { cache.k_hadamard(), cache.v_hadamard() });
+    }
+    return sizes;
 }
 
 }  // namespace
@@ -154,7 +219,25 @@ NB_MODULE(_native, m) {
     m.def(
         "n_layers", [](uintptr_t ctx) { return pyps::Memory(as_context(ctx)).n_layers(); }, "ctx"_a,
         "Attention layers with a KV cache: the mapper's layer count.");
+    m.def(
+        "n_cells",
+        [](uintptr_t ctx, llama_seq_id seq) {
+            const pyps::Memory memory(as_context(ctx));
+            memory.check_seq(seq);
+            size_t most = 0;
+            for (const pyps::Cache & cache : memory.caches()) {
+                most = std::max(most, cache.all_cells(seq).size());
+            }
+            return most;
+        },
+        "ctx"_a, "seq"_a, "Cells that a sequence takes, of the cache where it takes most.");
     m.def("read", &read_cells, "ctx"_a, "seq"_a, "layer"_a,
           "(positions [n], rows [n], K bytes [n, row], V bytes [n, row]) of a sequence in one layer, ordered by "
-          "position; a row is stream * cells + cell. Slow: for tests and for looking.");
+          "position; a row is stream * cells + cell.");
+    m.def("read_span", &read_span, "ctx"_a, "seq"_a, "p0"_a, "p1"_a,
+          "(positions [n], (K bytes [n, row], V bytes [n, row]) of each layer) of positions [p0, p1) of a sequence.");
+    m.def("write_span", &write_span, "ctx"_a, "seq"_a, "positions"_a, "rows"_a,
+          "Gives a sequence new cells with these contents, as read_span returned them. All or nothing.");
+    m.def("hadamard", &hadamard, "ctx"_a,
+          "Size of the Hadamard matrix that K and V of each cache are multiplied by; 0: stored as they are.");
 }

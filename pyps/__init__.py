@@ -9,27 +9,54 @@ Branches generate in parallel; a synthesizer answers straight from their KV cach
         print(result.answer)
 """
 
+from pyps.agent import Limits
+from pyps.asynchronous import AsyncForkJoin
+from pyps.branches import Branches
 from pyps.errors import EngineError, InputError, PypsError, RefusedError
-from pyps.events import AnswerToken, BranchDone, BranchResult, BranchToken, Done, Event, Joined, Result
+from pyps.events import (
+    AnswerToken,
+    BranchDone,
+    BranchResult,
+    BranchToken,
+    Completion,
+    Done,
+    Event,
+    Joined,
+    Result,
+    ToolCall,
+    ToolCalled,
+)
 from pyps.forkjoin import Branch, ForkJoin
 from pyps.sampling import Sampling
+from pyps.tools import Tool, calculator, file_tools, sql_tools, tool
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AnswerToken",
+    "AsyncForkJoin",
     "Branch",
     "BranchDone",
     "BranchResult",
     "BranchToken",
+    "Branches",
+    "Completion",
     "Done",
     "EngineError",
     "Event",
     "ForkJoin",
     "InputError",
     "Joined",
+    "Limits",
     "PypsError",
     "RefusedError",
     "Result",
     "Sampling",
+    "Tool",
+    "ToolCall",
+    "ToolCalled",
+    "calculator",
+    "file_tools",
+    "sql_tools",
+    "tool",
 ]

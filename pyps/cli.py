@@ -10,30 +10,43 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
-from itertools import product
+from itertools import chain, groupby, product
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 
 import pyps
+from pyps.chat import Chat
 from pyps.context import KV_TYPES
-from pyps.display import Display, LiveDisplay, PlainDisplay, progress_bar, show_bench, show_evaluation
+from pyps.display import Display, LiveDisplay, PlainDisplay, progress_bar, show_bench, show_evaluation, show_slots
 from pyps.doctor import examine
 from pyps.errors import InputError, PypsError
-from pyps.events import Done, Event, Mode
+from pyps.events import Done, Event, Mode, Result
 from pyps.forkjoin import Branch, ForkJoin
 from pyps.layout import DEFAULT_SYNTHESIZE, LAYOUTS
 from pyps.models import AUTO, DEFAULT_MODEL, Progress, find_model
 from pyps.sampling import Sampling
 from pyps.shapes import SHAPES, write_shape
+from pyps.slots import load_slots, read_slots
+from pyps.workflow import (
+    StepEvent,
+    Workflow,
+    outcome,
+    read_workflow,
+    run_workflow,
+    set_variables,
+    shipped_workflows,
+)
 
 if TYPE_CHECKING:
     from pyps.examples.example import Example
 
 _DEFAULTS = Sampling()
+_CHAT_ROOM = 2048  # tokens
 
 
 class _Command(click.Command):
@@ -78,6 +91,16 @@ class _Interrupt:
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGINT, self._before)
 
+    def read_line(self, prompt: str) -> str | None:
+        """A line from standard input; None at its end, or at Ctrl-C."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a handler that returns would not end input()
+        try:
+            return input(prompt)
+        except (EOFError, KeyboardInterrupt):
+            return None
+        finally:
+            signal.signal(signal.SIGINT, self._ask)
+
     def _ask(self, _signal: int, _frame: FrameType | None) -> None:
         if self.asked:
             raise KeyboardInterrupt
@@ -108,8 +131,26 @@ _kv_type = click.option(
 )
 
 
+def _list_workflows(ctx: click.Context, _parameter: click.Parameter, asked: bool) -> None:
+    if asked and not ctx.resilient_parsing:
+        for name, path in shipped_workflows().items():
+            click.echo(f"{name:12}{read_workflow(path).description}")
+        ctx.exit()
+
+
 @main.command(cls=_Command)
 @click.argument("task", required=False)
+@click.option(
+    "--set", "values", multiple=True, metavar="NAME=VALUE", help="A variable of a workflow file; may be repeated."
+)
+@click.option(
+    "--list",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_workflows,
+    help="The workflows that come with pyps: see pyps new.",
+)
 @click.option(
     "--file",
     "-f",
@@ -125,6 +166,19 @@ _kv_type = click.option(
     help="A branch's instruction; once for each branch.",
 )
 @click.option("--branches", "-n", "samples", type=int, metavar="N", help="Instead: N samples of the task itself.")
+@click.option(
+    "--join",
+    "-j",
+    "files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Join the branches of a file that --save wrote, too; may be repeated.",
+)
+@click.option(
+    "--save", type=click.Path(path_type=Path), metavar="FILE", help="Keep the branches with their caches in a file."
+)
+@click.option("--chat", "chats", is_flag=True, help="Go on talking with the synthesizer, in front of the caches.")
 @click.option("--system", metavar="TEXT", help="System message. Default: the model's own.")
 @click.option(
     "--synthesize", metavar="TEXT", default=DEFAULT_SYNTHESIZE, show_default=True, help="The synthesizer's instruction."
@@ -163,11 +217,17 @@ _kv_type = click.option(
 @_threads
 @_kv_type
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@click.pass_context
 def run(
+    ctx: click.Context,
     task: str | None,
+    values: tuple[str, ...],
     file: Path | None,
     instructions: tuple[str, ...],
     samples: int | None,
+    files: tuple[Path, ...],
+    save: Path | None,
+    chats: bool,
     system: str | None,
     synthesize: str,
     model: str,
@@ -189,15 +249,33 @@ def run(
     kv_type: str,
     as_json: bool,
 ) -> None:
-    """Run branches on TASK in parallel, then answer from all of them.
+    """Run branches on TASK in parallel, then answer from all of them. Or run TASK, a workflow file (.yaml).
 
     \b
     pyps run "Which database should a small desktop app use?" \\
         --branch "Argue for SQLite." --branch "Argue for PostgreSQL."
     pyps run "What is 17 * 23?" --branches 4
+    pyps run "What do they agree on?" --join notes.pyps --join other.pyps
+    pyps run review.yaml --set repo=.
     """
-    text = _read_task(task, file)
-    branches = _branches(instructions, samples)
+    workflow = None
+    if task is not None and Path(task).suffix in (".yaml", ".yml"):
+        _check_alone(ctx)
+        workflow = read_workflow(Path(task))
+        variables = set_variables(workflow, _pairs(values))
+        if workflow.model and ctx.get_parameter_source("model") == ParameterSource.DEFAULT:
+            model = workflow.model
+    elif values:
+        raise click.UsageError("--set is for workflow files")
+    text, branches, slots = "", [], []
+    if workflow is None:
+        text = _read_task(task, file)
+        branches = _branches(instructions, samples, bool(files))
+        if save and not branches:
+            raise InputError("--save keeps the branches that are generated: give some with --branch or --branches")
+        slots = [read_slots(path) for path in files]
+    if chats and (as_json or task == "-" or str(file) == "-"):
+        raise click.UsageError("--chat reads what you say from standard input: not with --json, or a task from there")
     sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed, max_tokens, stop)
     answer = replace(sampling, max_tokens=max_tokens if answer_tokens is None else answer_tokens, stop=())
 
@@ -216,20 +294,71 @@ def run(
         )
     with fj, _Interrupt() as interrupt:
         _show_warnings(fj)
+        if workflow is not None:
+            steps = run_workflow(
+                fj,
+                workflow,
+                variables,
+                Path(str(task)).parent,
+                compare=compare,
+                sampling=sampling,
+                stopped=lambda: interrupt.asked,
+            )
+            _show_workflow(workflow, steps, as_json, notes)
+            sys.exit(130 if interrupt.asked else 0)
+        joins = [load_slots(found, fj.model, threads) for found in slots]
+        given = [result.prompt for join in joins for result in join.results]
         events = fj.stream(
             text,
             branches,
+            join=joins,
             system=system,
             synthesize=synthesize,
             mode=mode,
             compare=compare,
             sampling=sampling,
             answer=answer,
+            save=save,
+            keep=chats,
+            room=_CHAT_ROOM if chats else 0,
             stopped=lambda: interrupt.asked,
         )
-        _show(events, branches, as_json, notes)
+        result = _show(events, [*given, *(b.prompt for b in branches)], as_json, notes)
+        if save and save.exists():  # not if it was interrupted before there was anything
+            notes.print(f"the branches are kept in {save} ({save.stat().st_size / 1e6:.1f} MB)", highlight=False)
+        if chats and result and result.kept:
+            _talk(Chat(fj, result.kept), answer, interrupt, notes)
     if interrupt.asked:
         sys.exit(130)
+
+
+@main.command(cls=_Command)
+@click.argument("name")
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+def new(name: str, file: Path | None) -> None:
+    """Copy the workflow NAME, one of pyps run --list, to FILE (NAME.yaml), to be changed."""
+    known = shipped_workflows()
+    if name not in known:
+        raise InputError(f"there is no workflow {name!r}; there are: {', '.join(known)}")
+    target = file or Path(f"{name}.yaml")
+    try:
+        with target.open("x", encoding="utf-8") as copy:
+            copy.write(known[name].read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise InputError(f"{target} is there already: name another file") from None
+    click.echo(f"{target}: try pyps run {target}")
+
+
+@main.command(cls=_Command)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead, whole texts included.")
+def slots(file: Path, as_json: bool) -> None:
+    """What is in FILE, which pyps run --save wrote."""
+    found = read_slots(file)
+    if as_json:
+        click.echo(json.dumps(found.to_dict(), ensure_ascii=False, indent=2))
+    else:
+        show_slots(Console(), found)
 
 
 @main.command(cls=_Command)
@@ -552,8 +681,15 @@ _seed = click.option("--seed", default=0, show_default=True)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--train", "n_train", default=2100, show_default=True, help="Examples to train on.")
 @click.option("--held-out", "n_held_out", default=70, show_default=True, help="Examples to measure on.")
+@click.option(
+    "--targets",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="Share of the questions with the right answer as target; the others teach what text synthesis says.",
+)
 @_seed
-def families(folder: Path, n_train: int, n_held_out: int, seed: int) -> None:
+def families(folder: Path, n_train: int, n_held_out: int, targets: float, seed: int) -> None:
     """Six families of questions, and open ones (needs pyps[data]).
 
     Look up, combine, list, compare, majority, contradiction. Writes train.jsonl and held-out.jsonl into FOLDER; the
@@ -561,7 +697,7 @@ def families(folder: Path, n_train: int, n_held_out: int, seed: int) -> None:
     """
     from pyps.examples import builders
 
-    _examples(folder / "train.jsonl", builders.families(n_train, False, seed))
+    _examples(folder / "train.jsonl", builders.families(n_train, False, seed, targets))
     _examples(folder / "held-out.jsonl", builders.families(n_held_out, True, seed))
 
 
@@ -648,11 +784,23 @@ def _needs_extra(module: str, extra: str) -> ModuleType:
         raise InputError(f"this needs more packages ({error}): pip install 'pyps[{extra}]'") from None
 
 
-def _show(events: Iterator[Event], branches: list[Branch], as_json: bool, notes: Console) -> None:
-    """Everything that goes to standard output."""
+def _talk(chat: Chat, sampling: Sampling, interrupt: _Interrupt, notes: Console) -> None:
+    """Line by line, until there are no more, or no room."""
+    if sys.stdin.isatty():
+        notes.print("go on; Ctrl-D ends the chat", style="dim", highlight=False)
+    while not interrupt.asked and (line := interrupt.read_line("> " if sys.stdin.isatty() else "")) is not None:
+        if line.strip():
+            for said in chat.say(line, sampling, lambda: interrupt.asked):
+                click.echo(said, nl=False)
+            click.echo("\n")
+
+
+def _show(events: Iterator[Event], prompts: list[str], as_json: bool, notes: Console) -> Result | None:
+    """Everything that goes to standard output; the prompts are those of all branches, in their order."""
+    result = None
     console = Console()
     live = console.is_terminal and not as_json
-    display: Display = LiveDisplay(console, [b.prompt for b in branches]) if live else PlainDisplay(console)
+    display: Display = LiveDisplay(console, prompts) if live else PlainDisplay(console)
     # while a pipe fills, or one object is prepared, a terminal at least sees that something is going on
     waiting = notes.status("running") if notes.is_terminal and not live else contextlib.nullcontext()
     try:
@@ -660,10 +808,61 @@ def _show(events: Iterator[Event], branches: list[Branch], as_json: bool, notes:
             for event in events:
                 if not as_json:
                     display.show(event)
-                elif isinstance(event, Done):
-                    click.echo(json.dumps(event.result.to_dict(), ensure_ascii=False, indent=2))
+                if isinstance(event, Done):
+                    result = event.result
+                    if as_json:
+                        click.echo(json.dumps(result.to_dict(), ensure_ascii=False, indent=2))
     finally:
         display.close()
+    return result
+
+
+def _show_workflow(workflow: Workflow, steps: Iterator[StepEvent], as_json: bool, notes: Console) -> None:
+    """Each step as a run of its own, under its name; or one object at the end."""
+    results: dict[str, Result] = {}
+    for name, group in groupby(steps, lambda said: said.step):
+        first = next(group)
+        notes.print(f"step {first.index + 1} of {first.n}: {name}", highlight=False, style="bold")
+        events = (_noted(said, results) for said in chain([first], group))
+        if as_json:
+            for _ in events:
+                pass
+        else:
+            _show(events, first.prompts, False, notes)
+    if as_json and results:
+        click.echo(json.dumps(outcome(workflow, results), ensure_ascii=False, indent=2))
+
+
+def _noted(said: StepEvent, results: dict[str, Result]) -> Event:
+    if isinstance(said.event, Done):
+        results[said.step] = said.event.result
+    return said.event
+
+
+def _check_alone(ctx: click.Context) -> None:
+    """A workflow file says itself what these options say. Raises UsageError."""
+    for name in (
+        "file",
+        "instructions",
+        "samples",
+        "files",
+        "save",
+        "chats",
+        "system",
+        "synthesize",
+        "mode",
+        "answer_tokens",
+    ):
+        if ctx.get_parameter_source(name) != ParameterSource.DEFAULT:
+            option = next(p.opts[0] for p in ctx.command.params if p.name == name)
+            raise click.UsageError(f"{option} is not for workflow files: they say it themselves")
+
+
+def _pairs(values: tuple[str, ...]) -> dict[str, str]:
+    for value in values:
+        if "=" not in value:
+            raise click.UsageError(f"--set {value}: must be NAME=VALUE")
+    return dict((name.strip(), text) for name, _, text in (value.partition("=") for value in values))
 
 
 def _read_task(task: str | None, file: Path | None) -> str:
@@ -682,13 +881,13 @@ def _read_task(task: str | None, file: Path | None) -> str:
     return text
 
 
-def _branches(instructions: tuple[str, ...], samples: int | None) -> list[Branch]:
+def _branches(instructions: tuple[str, ...], samples: int | None, joins: bool) -> list[Branch]:
     if instructions and samples is not None:
         raise click.UsageError("use --branch (instructions) or --branches (samples), not both")
     if samples is not None and samples < 1:
         raise click.UsageError("--branches must be at least 1")
-    if not instructions and samples is None:
-        raise click.UsageError("there are no branches: use --branch TEXT for each, or --branches N")
+    if not instructions and samples is None and not joins:
+        raise click.UsageError("there are no branches: use --branch TEXT for each, --branches N, or --join FILE")
     return [Branch(text) for text in instructions] if instructions else [Branch()] * (samples or 0)
 
 

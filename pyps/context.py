@@ -117,6 +117,7 @@ class Context:
         self.model = model
         self.adapter = adapter
         self.n_seq = n_seq
+        self.kv_type = kv_type
         model.check_open()
 
         cells = n_ctx if unified else round_up(n_ctx) * n_seq
@@ -197,6 +198,11 @@ class Context:
         """The position after the last of the sequence; 0 if it is empty."""
         self._check_seq(seq)
         return int(llama_cpp.llama_memory_seq_pos_max(self._memory, seq)) + 1
+
+    def n_cells(self, seq: int) -> int:
+        """Cells that the sequence takes: more than positions where spans have been joined."""
+        self._check_seq(seq)
+        return int(_native.n_cells(self.address, seq))
 
     def remove(self, seq: int, p0: int = 0, p1: int = -1) -> None:
         """Forget positions [p0, p1) of the sequence; p1 = -1 means to the end."""

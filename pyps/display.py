@@ -13,8 +13,19 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 from rich.table import Table
 from rich.text import Text
 
-from pyps.events import AnswerToken, BranchDone, BranchResult, BranchToken, Done, Event, Result
+from pyps.events import (
+    AnswerToken,
+    BranchDone,
+    BranchResult,
+    BranchToken,
+    Done,
+    Event,
+    Result,
+    ToolCall,
+    ToolCalled,
+)
 from pyps.models import Progress as Report
+from pyps.slots import Slots
 
 _PANEL_WIDTH = 36  # narrowest column in which text reads well
 
@@ -42,6 +53,18 @@ def summary(result: Result) -> str:
             f"({c.timing_ms.ttft / max(t.ttft, 1e-3):.1f} times as long)"
         )
     return line
+
+
+def _called(call: ToolCall) -> str:
+    """One line: a tool call, and what came of it."""
+    arguments = call.arguments
+    if isinstance(arguments, dict):
+        arguments = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    return f"> {call.name}({arguments}): {_line(call.result)[:200]}"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _remark(branch: BranchResult) -> str:
@@ -85,7 +108,8 @@ class PlainDisplay:
     def _show_branches(self) -> None:
         for _, branch in sorted(self._branches.items()):
             title = f"[{branch.name}] {branch.prompt}".strip()
-            self._write(f"{title} ({_remark(branch)})\n{branch.text}\n\n")
+            calls = "".join(f"{_called(call)}\n" for call in branch.calls)
+            self._write(f"{title} ({_remark(branch)})\n{calls}{branch.text}\n\n")
 
     def _write(self, text: str) -> None:
         self._console.file.write(text)
@@ -139,9 +163,12 @@ class LiveDisplay:
     def show(self, event: Event) -> None:
         if isinstance(event, BranchToken):
             self._texts[event.branch] += event.text
+        elif isinstance(event, ToolCalled):
+            self._texts[event.branch] += f"{_called(event.call)}\n"
         elif isinstance(event, BranchDone):
             self._results[event.branch] = event.result
-            self._texts[event.branch] = event.result.text
+            calls = "".join(f"{_called(call)}\n" for call in event.result.calls)
+            self._texts[event.branch] = calls + event.result.text
         elif isinstance(event, AnswerToken):
             if self._mode != event.mode:
                 self._end_live()
@@ -212,6 +239,25 @@ def progress_bar(console: Console) -> Iterator[Report]:
                 bar.update(task, completed=fraction)
 
         yield update
+
+
+def show_slots(console: Console, slots: Slots) -> None:
+    """A file of branches: what it is, and the beginning of each."""
+    console.print(
+        f"{len(slots.branches)} branches of {slots.model} ({slots.arch}); {len(slots.tokens):,} cells of "
+        f"{len(slots.layers)} layers, {slots.kv_type}, {slots.n_bytes / 1e6:,.1f} MB",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("tokens", justify="right", no_wrap=True)
+    table.add_column("name", no_wrap=True, overflow="ellipsis", max_width=24)
+    table.add_column("instruction", no_wrap=True, overflow="ellipsis", max_width=24)
+    table.add_column("text", no_wrap=True, overflow="ellipsis", max_width=max(console.width - 64, 16))
+    for b in slots.branches:
+        # not markup: a text may have brackets
+        table.add_row(f"{b.tokens:,}", Text(_line(b.name)), Text(_line(b.prompt)), Text(_line(b.text)))
+    console.print(table)
 
 
 def show_evaluation(console: Console, found: dict[str, Any]) -> None:

@@ -1,18 +1,43 @@
 """What a fork-join reports while it runs, and what it returns. Times are in milliseconds."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from pyps.branches import Branches
 
 Mode = Literal["cache", "text"]
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A branch's call of a tool. `arguments` is as the model wrote them; `failed` says that the result is an error, the
+    time limit for one."""
+
+    name: str
+    arguments: Any
+    result: str
+    failed: bool
+    ms: float
+
+
+@dataclass(frozen=True)
 class BranchResult:
-    """A finished branch. `tokens` counts what is joined; finish_reason "length" means max_tokens was reached (or the
-    run was interrupted)."""
+    """A finished branch. `text` and `tokens` are of what is joined; finish_reason "length" means max_tokens was reached
+    (or the run was interrupted)."""
 
     name: str
     prompt: str
+    text: str
+    tokens: int
+    finish_reason: Literal["stop", "length"]
+    calls: tuple[ToolCall, ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What ForkJoin.generate gives for a prompt; fields as of a BranchResult."""
+
     text: str
     tokens: int
     finish_reason: Literal["stop", "length"]
@@ -50,7 +75,8 @@ class Synthesis:
 
 @dataclass(frozen=True)
 class Result:
-    """A fork-join's outcome; `compare` is the text synthesis of the same branches, if it was asked for."""
+    """A fork-join's outcome. `compare` is the text synthesis of the same branches, and `kept` the answer with its
+    cache, if asked for."""
 
     model: str
     adapter: str | None
@@ -63,10 +89,13 @@ class Result:
     timing_ms: Timing
     compare: Synthesis | None = None
     interrupted: bool = False
+    kept: "Branches | None" = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the object that `pyps run --json` prints."""
-        return asdict(self)
+        found = asdict(replace(self, kept=None))
+        del found["kept"]
+        return found
 
 
 @dataclass(frozen=True)
@@ -75,6 +104,14 @@ class BranchToken:
 
     branch: int
     text: str
+
+
+@dataclass(frozen=True)
+class ToolCalled:
+    """A branch's call of a tool is over."""
+
+    branch: int
+    call: ToolCall
 
 
 @dataclass(frozen=True)
@@ -104,4 +141,4 @@ class Done:
     result: Result
 
 
-Event = BranchToken | BranchDone | Joined | AnswerToken | Done
+Event = BranchToken | ToolCalled | BranchDone | Joined | AnswerToken | Done

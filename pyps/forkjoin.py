@@ -2,12 +2,17 @@
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal, get_args
 
 import llama_cpp
 
+from pyps import agent
 from pyps.adapter import Adapter
+from pyps.agent import Agent, Limits, instruct, run_agents
+from pyps.branches import Branches, Cached, as_list
 from pyps.context import MAX_SEQUENCES, Context, Span, join, prefers_flash_attn, round_up, split_kv_type
 from pyps.errors import InputError
 from pyps.events import (
@@ -15,6 +20,7 @@ from pyps.events import (
     BranchDone,
     BranchResult,
     BranchToken,
+    Completion,
     Done,
     Event,
     Joined,
@@ -23,12 +29,16 @@ from pyps.events import (
     Synthesis,
     Timing,
     Tokens,
+    ToolCall,
+    ToolCalled,
 )
-from pyps.generate import Generation, generate
+from pyps.generate import Generation, complete, generate
 from pyps.layout import DEFAULT_SYNTHESIZE, Layout, Prompts, place
 from pyps.model import Model
 from pyps.models import AUTO, DEFAULT_MODEL, Progress, find_adapter, find_model
 from pyps.sampling import Sampling, draw_seed
+from pyps.slots import check_writable, load_slots, read_slots, write_slots
+from pyps.tools import Tool
 
 # From this many tokens on, flash attention has its tiled kernel on a CPU; with fewer it is far slower than without.
 _FLASH_ATTN_MIN = 64
@@ -36,12 +46,23 @@ _FLASH_ATTN_MIN = 64
 
 @dataclass(frozen=True)
 class Branch:
-    """One branch: its instruction (may be empty: a plain sample of the task), its name, its sampling (None: the
-    run's)."""
+    """One branch.
+
+    Attributes:
+        prompt: its instruction; empty for a plain sample of the task.
+        name: None for branch-1, branch-2, …
+        sampling: None for the run's.
+        tools: what it may call before it answers; limits: how often and how long.
+        joined: what of it the synthesizer receives: its answer ("final"), its calls too ("generated"), or these and the
+            tools' results ("everything").
+    """
 
     prompt: str = ""
     name: str | None = None
     sampling: Sampling | None = None
+    tools: tuple[Tool, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+    joined: agent.Joined = "final"
 
 
 class ForkJoin:
@@ -129,26 +150,34 @@ class ForkJoin:
     def run(
         self,
         task: str,
-        branches: Sequence[str | Branch],
+        branches: Sequence[str | Branch] = (),
         *,
+        join: Branches | Sequence[Branches] = (),
         system: str | None = None,
         synthesize: str = DEFAULT_SYNTHESIZE,
         mode: Mode = "cache",
         compare: bool = False,
         sampling: Sampling | None = None,
         answer: Sampling | None = None,
+        save: Path | None = None,
+        keep: bool = False,
+        room: int = 0,
         stopped: Callable[[], bool] = lambda: False,
     ) -> Result:
         """`stream` to its end: the result. Same arguments and exceptions."""
         events = self.stream(
             task,
             branches,
+            join=join,
             system=system,
             synthesize=synthesize,
             mode=mode,
             compare=compare,
             sampling=sampling,
             answer=answer,
+            save=save,
+            keep=keep,
+            room=room,
             stopped=stopped,
         )
         for event in events:
@@ -159,35 +188,119 @@ class ForkJoin:
     def stream(
         self,
         task: str,
-        branches: Sequence[str | Branch],
+        branches: Sequence[str | Branch] = (),
         *,
+        join: Branches | Sequence[Branches] = (),
         system: str | None = None,
         synthesize: str = DEFAULT_SYNTHESIZE,
         mode: Mode = "cache",
         compare: bool = False,
         sampling: Sampling | None = None,
         answer: Sampling | None = None,
+        save: Path | None = None,
+        keep: bool = False,
+        room: int = 0,
         stopped: Callable[[], bool] = lambda: False,
     ) -> Iterator[Event]:
         """Run branches and synthesizer, reporting as it goes; the last event is Done.
 
         Args:
             task: what the job is about; every branch and the synthesizer see it.
-            branches: 1 to 256 instructions, or Branch objects.
+            branches: up to 256 instructions, or Branch objects.
+            join: finished branches, of earlier runs or from files, which come before these; they stay as they are, and
+                open. There must be at least one branch of either kind.
             system: the system message; None for the model's own default.
             synthesize: the synthesizer's instruction.
             mode: "cache" joins the branches' caches, "text" pastes their texts and reads them again.
             compare: in cache mode, run text synthesis on the same branches afterwards.
             sampling, answer: for the branches and for the answer; None for the defaults. Branches get consecutive
                 seeds, the answer the first of them.
+            save: a file for the branches that this run generates, to be joined later (`load`).
+            keep: in cache mode, keep the answer's cache: the result's `kept`, to be joined to others, or to go on from
+                (Chat). Close it.
+            room: tokens that there should be room for after the answer.
             stopped: asked at every token; once true, the run ends early with what there is.
 
         Raises:
             InputError: something is wrong or does not fit; found before any work is done.
             EngineError: llama.cpp failed.
         """
-        run = _Run(self, task, branches, system, synthesize, mode, compare, sampling, answer, stopped)
+        run = _Run(self, task, branches, as_list(join), system, synthesize, sampling, stopped)
+        run.plan_answer(mode, compare, answer, save, keep, room)
         return run.events()
+
+    def fork(
+        self,
+        task: str,
+        branches: Sequence[str | Branch],
+        *,
+        system: str | None = None,
+        sampling: Sampling | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> Branches:
+        """Run branches alone, and keep their caches: to be joined by `run(…, join=…)`, as often as one likes, or saved.
+        Same arguments and exceptions as `stream`."""
+        run = _Run(self, task, branches, [], system, "", sampling, stopped)
+        self.model.check_joinable()
+        return run.fork()
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        n: int = 1,
+        *,
+        chat: bool = False,
+        sampling: Sampling | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> list[Completion]:
+        """n completions of each prompt, many in one batch: far faster than one after the other. No adapter is used.
+
+        Args:
+            chat: the prompts are what a user says, and the completions are answers; otherwise texts to continue.
+            sampling: of all; seeds count up from its own, prompt after prompt.
+            stopped: asked at every token; once true, what there is is all.
+
+        Returns:
+            The n completions of the first prompt, then those of the second, …
+
+        Raises:
+            InputError: no prompts, an empty one, or one that does not fit.
+            EngineError: llama.cpp failed.
+        """
+        self.model.check_generates()
+        if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
+            raise InputError("prompts must be a list of texts")
+        if n < 1:
+            raise InputError(f"n must be at least 1, not {n}")
+        sampling = sampling or Sampling()
+        tokens = []
+        for prompt in prompts:
+            if chat:
+                prompt = self.model.render_chat([{"role": "user", "content": self.model.as_data(prompt)}])
+            tokens.append(self.model.tokenize(prompt, start=True))
+            if not tokens[-1]:
+                raise InputError("a prompt is empty: there is nothing to continue")
+            if (size := len(tokens[-1]) + sampling.max_tokens) > (most := self._n_ctx or self.model.n_ctx_train):
+                raise InputError(f"a prompt and its completion may need {size:,} tokens; {most:,} are possible")
+        generations = complete(
+            self.model,
+            [t for t in tokens for _ in range(n)],
+            sampling,
+            draw_seed() if sampling.seed is None else sampling.seed,
+            kv_type=self._kv_type,
+            flash_attn=self._flash_attn,
+            threads=self._threads,
+            stopped=stopped,
+        )
+        return [Completion(g.text, len(g.tokens), _finish_reason(g)) for g in generations]
+
+    def save(self, path: str | Path, branches: Branches | Sequence[Branches]) -> None:
+        """Write branches, with their caches, into one file, whole or not at all. Raises InputError."""
+        write_slots(Path(path), as_list(branches))
+
+    def load(self, path: str | Path) -> Branches:
+        """Branches from a file, to be joined. Raises InputError: it is damaged, or was written with another model."""
+        return load_slots(read_slots(Path(path)), self.model, self._threads)
 
 
 @dataclass(frozen=True)
@@ -197,81 +310,115 @@ class _Branch:
     prompt: str
     name: str
     sampling: Sampling
+    tools: tuple[Tool, ...]
+    limits: Limits
+    joined: agent.Joined
 
 
 class _Run:
     """One fork-join from beginning to end. Its contexts live as long as it does."""
+
+    least_cells = 1  # of any context
 
     def __init__(
         self,
         fj: ForkJoin,
         task: str,
         branches: Sequence[str | Branch],
+        join: Sequence[Branches],
         system: str | None,
         synthesize: str,
-        mode: Mode,
-        compare: bool,
         sampling: Sampling | None,
-        answer: Sampling | None,
         stopped: Callable[[], bool],
     ) -> None:
-        if mode not in ("cache", "text"):
-            raise InputError(f"mode {mode!r} does not exist: choose 'cache' or 'text'")
-        if compare and mode == "text":
-            raise InputError("compare runs text synthesis beside cache synthesis: use it with mode 'cache'")
-        if not branches:
+        n_branches = len(branches) + sum(map(len, join))
+        if not n_branches:
             raise InputError("there are no branches: give at least one")
-        if len(branches) > MAX_SEQUENCES:
-            raise InputError(f"{len(branches)} branches are too many: llama.cpp takes up to {MAX_SEQUENCES}")
-        self.fj, self.mode, self.compare, self.stopped = fj, mode, compare, stopped
+        if n_branches > MAX_SEQUENCES:
+            raise InputError(f"{n_branches} branches are too many: llama.cpp takes up to {MAX_SEQUENCES}")
+        for given in join:
+            if given.ctx.model is not fj.model:
+                raise InputError("branches to join are another model's: caches can only be joined within one")
+        self.fj, self.task, self.stopped, self.joins = fj, task, stopped, join
+        self.given = [r for given in join for r in given.results]
         fj.model.check_generates()
-        if mode == "cache":
-            fj.model.check_joinable()
 
-        sampling = sampling or Sampling()
-        self.seed = draw_seed() if sampling.seed is None else sampling.seed
-        self.answer_sampling = answer or replace(sampling, stop=())
-        if self.answer_sampling.seed is None:
-            self.answer_sampling = replace(self.answer_sampling, seed=self.seed)
+        self.sampling = sampling or Sampling()
+        self.seed = draw_seed() if self.sampling.seed is None else self.sampling.seed
         self.branches: list[_Branch] = []
         for i, item in enumerate(branches):
             branch = Branch(item) if isinstance(item, str) else item
-            chosen = branch.sampling or sampling
+            chosen = branch.sampling or self.sampling
             if chosen.seed is None or branch.sampling is None:
                 chosen = replace(chosen, seed=(self.seed + i) % 2**31)
-            self.branches.append(_Branch(branch.prompt, branch.name or f"branch-{i + 1}", chosen))
+            name = branch.name or f"branch-{len(self.given) + i + 1}"
+            if branch.joined not in get_args(agent.Joined):
+                raise InputError(f"joined must be one of {', '.join(get_args(agent.Joined))}, not {branch.joined!r}")
+            tools = tuple(branch.tools)
+            self.branches.append(_Branch(branch.prompt, name, chosen, tools, branch.limits, branch.joined))
 
         self.layout = Layout(fj.model, fj.layout, task, system, synthesize)
-        self.prompts: Prompts = self.layout.prompts([b.prompt for b in self.branches])
-        self._check_sizes()
+        self.prompts: Prompts = self.layout.prompts([instruct(b.prompt, b.tools) for b in self.branches])
+        needs = [Agent.cells(self.layout, b.sampling, b.tools, b.limits) for b in self.branches]
+        longest = max((len(prompt) + n for prompt, n in zip(self.prompts.branches, needs, strict=True)), default=1)
+        # of those, what the synthesizer may get
+        self.spans = [
+            b.sampling.max_tokens if b.joined == "final" else n for b, n in zip(self.branches, needs, strict=True)
+        ]
+        self.branch_cells = len(self.prompts.prefix) + longest
+        self._check({"a branch": (self.branch_cells, self.branch_cells)} if branches else {})
 
-    def _check_sizes(self) -> None:
-        """What each sequence may need at most, against what it may have."""
+    def plan_answer(
+        self, mode: Mode, compare: bool, answer: Sampling | None, save: Path | None, keep: bool, room: int
+    ) -> None:
+        """What follows the branches. Raises InputError as `stream` does."""
+        if mode not in ("cache", "text"):
+            raise InputError(f"mode {mode!r} does not exist: choose 'cache' or 'text'")
+        if mode == "text" and (compare or keep):
+            raise InputError("compare and keep are for cache synthesis: use them with mode 'cache'")
+        if save:
+            check_writable(save)
+        if mode == "cache" or save:
+            self.fj.model.check_joinable()
+        self.mode, self.compare, self.save, self.keep = mode, compare, save, keep
+        self.answer_sampling = answer or replace(self.sampling, stop=())
+        if self.answer_sampling.seed is None:
+            self.answer_sampling = replace(self.answer_sampling, seed=self.seed)
+        # what each sequence may need at most
         p = self.prompts
-        spans = [b.sampling.max_tokens for b in self.branches]
-        longest = max(len(prompt) + n for prompt, n in zip(p.branches, spans, strict=True))
-        answer = len(p.synthesizer) + self.answer_sampling.max_tokens
-        self.branch_cells = len(p.prefix) + longest
-        self.synthesizer_cells = p.branch_point + sum(spans) + answer
-        pasted = len(p.prefix) + len(self.layout.pasted([b.name for b in self.branches], [""] * len(spans)))
-        text_cells = pasted + sum(spans) + self.answer_sampling.max_tokens
+        spans = [r.tokens for r in self.given] + self.spans
+        if not 0 <= room < 2**20:
+            raise InputError(f"room for {room} tokens is not possible")
+        answer_cells = len(p.synthesizer) + self.answer_sampling.max_tokens + room
+        self.synthesizer_cells = p.branch_point + sum(spans) + answer_cells
+        names = [r.name for r in self.given] + [b.name for b in self.branches]
+        texts = [r.text for r in self.given] + [""] * len(self.branches)
+        pasted = len(p.prefix) + len(self.layout.pasted(names, texts))
+        text_cells = pasted + sum(self.spans) + self.answer_sampling.max_tokens
+        needs = {}
+        if mode == "cache":
+            # joined spans lie side by side: cells for all of them but positions for the longest
+            needs["the synthesizer"] = (self.synthesizer_cells, p.branch_point + max(spans) + answer_cells - room)
+        if mode == "text" or compare:
+            needs["text synthesis"] = (text_cells, text_cells)
+        self._check(needs)
 
         # keys move between contexts that encode positions alike
         limit = self.fj.model.long_context
-        most = round_up(max(self.branch_cells, self.synthesizer_cells, text_cells))
-        self.least_cells = limit + 1 if limit and most > limit else 1
+        sizes = [self.branch_cells, self.synthesizer_cells, text_cells, *(given.ctx.n_ctx for given in self.joins)]
+        if limit and round_up(max(sizes)) > limit:
+            if any(given.ctx.n_ctx <= limit for given in self.joins):
+                raise InputError(
+                    f"branches to join have positions for a context of up to {limit:,} cells; this run needs more"
+                )
+            self.least_cells = limit + 1
 
-        trained = self.fj.model.n_ctx_train
-        # joined spans lie side by side, so the synthesizer needs cells for all of them but positions for the longest
-        needs = {"a branch": (self.branch_cells, self.branch_cells)}
-        if self.mode == "cache":
-            needs["the synthesizer"] = (self.synthesizer_cells, p.branch_point + max(spans) + answer)
-        if self.mode == "text" or self.compare:
-            needs["text synthesis"] = (text_cells, text_cells)
+    def _check(self, needs: dict[str, tuple[int, int]]) -> None:
+        """Cells and positions that each may need, against what it may have."""
         for who, (cells, reach) in needs.items():
             if self.fj._n_ctx is not None and cells > self.fj._n_ctx:
                 raise InputError(f"{who} may need {cells:,} cells; the limit given is {self.fj._n_ctx:,} (n_ctx)")
-            if reach > trained:
+            if reach > (trained := self.fj.model.n_ctx_train):
                 raise InputError(
                     f"{who} may need {reach:,} positions, but {self.fj.model.name} was trained on {trained:,}: use "
                     f"fewer or shorter branches (max_tokens), or a shorter task"
@@ -289,51 +436,56 @@ class _Run:
             adapter=fj.adapter if adapter else None,
         )
 
+    def fork(self) -> Branches:
+        """The branches alone."""
+        ctx = self._context(self.branch_cells, len(self.branches))
+        try:
+            self._prefix(ctx, None)
+            events = self._run_branches(ctx)
+            while True:
+                next(events)
+        except StopIteration as end:
+            return Branches(ctx, end.value[0])
+        except BaseException:
+            ctx.close()
+            raise
+
     def events(self) -> Iterator[Event]:
         start = time.perf_counter()
-        with self._context(self.branch_cells, len(self.branches)) as ctx:
+        with ExitStack() as contexts:
+            ctx = contexts.enter_context(self._context(self.branch_cells, max(len(self.branches), 1)))
             synthesizer = self._context(self.synthesizer_cells, adapter=True) if self.mode == "cache" else None
-            try:
-                if synthesizer:
-                    synthesizer.warm_up()
-                self._fork(ctx, synthesizer)
-                generations = [
-                    Generation(ctx, i, prompt, b.sampling)
-                    for i, (b, prompt) in enumerate(zip(self.branches, self.prompts.branches, strict=True))
-                ]
-                stepper = generate(ctx, generations, self.stopped)
-                done: dict[int, BranchResult] = {}
-                last_token = time.perf_counter()
-                for g, text in stepper:
-                    last_token = time.perf_counter()
-                    yield BranchToken(g.seq, text)
-                    if g.finish_reason:
-                        done[g.seq] = self._branch_result(g)
-                        yield BranchDone(g.seq, done[g.seq])
-                        if len(done) == len(generations):
-                            break
-                branches_ms = (last_token - start) * 1e3
-                began = time.perf_counter()
-                for _ in stepper:
-                    pass  # the last tokens' K and V are still to be computed: part of the time to first token
-                flush_ms = (time.perf_counter() - began) * 1e3
-                results = tuple(done.get(g.seq) or self._branch_result(g) for g in generations)
+            if synthesizer:
+                contexts.push(synthesizer)
+                synthesizer.warm_up()
+            self._prefix(ctx, synthesizer)
+            for i, result in enumerate(self.given):
+                yield BranchDone(i, result)
+            cached, last_token, flush_ms = yield from self._run_branches(ctx)
+            branches_ms = (last_token - start) * 1e3
+            results = (*self.given, *(c.result for c in cached))
 
-                answer, compare = _NOTHING, None
-                if synthesizer and not self.stopped():
-                    answer = yield from self._from_caches(ctx, generations, synthesizer, flush_ms)
+            answer, compare, kept = _NOTHING, None, None
+            if synthesizer and not self.stopped():
+                joins = [*self.joins, *([Branches(ctx, cached)] if cached else [])]
+                answer, said = yield from self._from_caches(joins, synthesizer, flush_ms)
+                if self.keep:
+                    kept = Branches(synthesizer, [said])
+                else:
                     synthesizer.close()
-                elif not self.stopped():
-                    answer = yield from self._from_texts(ctx, results)
-                total = (time.perf_counter() - start) * 1e3
-                if self.compare and not self.stopped():
-                    compare = yield from self._from_texts(ctx, results)
-                    timing = compare.timing_ms
-                    timing = replace(timing, branches=branches_ms, total=branches_ms + timing.total)
-                    compare = replace(compare, timing_ms=timing)
-            finally:
-                if synthesizer:
-                    synthesizer.close()
+            elif not self.stopped():
+                answer = yield from self._from_texts(ctx, results)
+            total = (time.perf_counter() - start) * 1e3
+            if self.save and cached:
+                write_slots(self.save, [Branches(ctx, cached)])
+            if self.compare and not self.stopped():
+                compare = yield from self._from_texts(ctx, results)
+                timing = compare.timing_ms
+                timing = replace(timing, branches=branches_ms, total=branches_ms + timing.total)
+                compare = replace(compare, timing_ms=timing)
+            if kept:
+                contexts.pop_all()
+                ctx.close()
         fj = self.fj
         yield Done(
             Result(
@@ -348,17 +500,73 @@ class _Run:
                 timing_ms=replace(answer.timing_ms, branches=branches_ms, total=total),
                 compare=compare,
                 interrupted=self.stopped(),
+                kept=kept,
             )
         )
 
+    def _run_branches(self, ctx: Context) -> Generator[Event, None, tuple[list[Cached], float, float]]:
+        """All branches to their ends. Returns them, when the last token was chosen (time.perf_counter), and the
+        milliseconds that its K and V took, which are part of the time to first token."""
+        first, last_token = len(self.given), time.perf_counter()
+        branches = list(zip(self.branches, self.prompts.branches, strict=True))
+        if any(b.tools for b in self.branches):
+            agents = [
+                Agent(ctx, i, self.layout, prompt, b.sampling, b.tools, b.limits)
+                for i, (b, prompt) in enumerate(branches)
+            ]
+            for found, said in run_agents(ctx, agents, self.stopped):
+                last_token = time.perf_counter()
+                if isinstance(said, ToolCall):
+                    yield ToolCalled(first + found.seq, said)
+                    continue
+                yield BranchToken(first + found.seq, said)
+                if found.done:
+                    yield BranchDone(first + found.seq, self._cached_agent(found).result)
+            return [self._cached_agent(x) for x in agents], last_token, 0.0
+        generations = [Generation(ctx, i, prompt, b.sampling) for i, (b, prompt) in enumerate(branches)]
+        stepper = generate(ctx, generations, self.stopped)
+        n_done = 0
+        for g, text in stepper:
+            last_token = time.perf_counter()
+            yield BranchToken(first + g.seq, text)
+            if g.finish_reason:
+                yield BranchDone(first + g.seq, self._branch_result(g))
+                n_done += 1
+                if n_done == len(generations):
+                    break
+        began = time.perf_counter()
+        for _ in stepper:
+            pass  # the last tokens' K and V are still to be computed
+        flush_ms = (time.perf_counter() - began) * 1e3
+        cached = [
+            Cached(self._branch_result(g), g.seq, ((g.start, g.end),) if g.tokens else (), tuple(g.tokens))
+            for g in generations
+        ]
+        return cached, last_token, flush_ms
+
+    def _cached_agent(self, found: Agent) -> Cached:
+        branch = self.branches[found.seq]
+        spans = found.spans(branch.joined)
+        tokens = found.tokens_of(spans)
+        text = found.turn.text if branch.joined == "final" else self._text(tokens)
+        result = BranchResult(
+            branch.name,
+            branch.prompt,
+            text if spans else "",
+            len(tokens),
+            _finish_reason(found.turn),
+            tuple(found.calls),
+        )
+        return Cached(result, found.seq, spans, tokens)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return b"".join(map(self.fj.model.piece, tokens)).decode(errors="replace")
+
     def _branch_result(self, g: Generation) -> BranchResult:
         branch = self.branches[g.seq]
-        # a branch that an interruption cut off has simply become as long as it will be
-        return BranchResult(
-            branch.name, branch.prompt, g.text, len(g.tokens), "stop" if g.finish_reason == "stop" else "length"
-        )
+        return BranchResult(branch.name, branch.prompt, g.text, len(g.tokens), _finish_reason(g))
 
-    def _fork(self, ctx: Context, synthesizer: Context | None) -> None:
+    def _prefix(self, ctx: Context, synthesizer: Context | None) -> None:
         """The prefix, computed once: to every branch, and to a synthesizer that keeps it. The synthesizer's copy comes
         from here even if it has a LoRA: what it reads was written without."""
         n = len(self.prompts.prefix)
@@ -371,28 +579,38 @@ class _Run:
             join(ctx, synthesizer, [Span(0, 0, n, 0)])
 
     def _from_caches(
-        self, ctx: Context, generations: Sequence[Generation], synthesizer: Context, flush_ms: float
-    ) -> Generator[Event, None, Synthesis]:
-        """Join, then answer. Returns a Synthesis whose branches and total are not filled in."""
+        self, joins: Sequence[Branches], synthesizer: Context, flush_ms: float
+    ) -> Generator[Event, None, tuple[Synthesis, Cached]]:
+        """Join, then answer. Returns a Synthesis whose branches and total are not filled in, and where it lies."""
         began = time.perf_counter()
-        said = [g for g in generations if g.tokens]
-        joined = 0
-        if said:  # branches may all have been empty
-            mapper = self.fj.adapter.mapper if self.fj.adapter else None
-            lengths = [len(g.tokens) for g in said]
-            starts = place(self.prompts.branch_point, lengths, self._in_order(sum(lengths)))
-            spans = [Span(g.seq, g.start, g.end, to) for g, to in zip(said, starts, strict=True)]
-            affine = mapper.coefficients(lengths, len(self.fj.model.rotated_layers)) if mapper else None
-            joined = join(ctx, synthesizer, spans, 0, affine)
+        said = [[c for c in given.cached if c.tokens] for given in joins]  # a branch may have been empty
+        lengths = [len(c.tokens) for cached in said for c in cached]
+        starts = iter(place(self.prompts.branch_point, lengths, self._in_order(sum(lengths))))
+        mapper = self.fj.adapter.mapper if self.fj.adapter else None
+        affine = mapper.coefficients(lengths, len(self.fj.model.rotated_layers)) if mapper and lengths else None
+        joined = i = 0  # cells; and branches
+        for given, cached in zip(joins, said, strict=True):
+            spans, of = [], []  # and which branch each is of
+            for c in cached:
+                to = next(starts)
+                for start, end in c.spans:  # without gaps
+                    spans.append(Span(c.seq, start, end, to))
+                    of.append(i)
+                    to += end - start
+                i += 1
+            if spans:
+                joined += join(given.ctx, synthesizer, spans, 0, None if affine is None else affine[of])
         join_ms = (time.perf_counter() - began) * 1e3
         yield Joined(joined, join_ms)
-        answer = yield from self._answer(synthesizer, self.prompts.synthesizer, "cache")
+        answer, g = yield from self._answer(synthesizer, self.prompts.synthesizer, "cache")
         timing = answer.timing_ms
-        return replace(
+        answer = replace(
             answer,
             tokens=replace(answer.tokens, joined=joined, prefilled=len(self.prompts.synthesizer)),
             timing_ms=replace(timing, join=join_ms, ttft=flush_ms + join_ms + timing.prefill),
         )
+        result = BranchResult("answer", self.task, g.text, len(g.tokens), _finish_reason(g))
+        return answer, Cached(result, 0, ((g.start, g.end),) if g.tokens else (), tuple(g.tokens))
 
     def _in_order(self, n: int) -> bool:
         """Whether spans of n tokens are placed one after the other: if the adapter wants it and the model has positions
@@ -424,7 +642,7 @@ class _Run:
                 reader.prefill(0, tail[:-1])
                 join(reader, decoder, [Span(0, 0, reader.end(0), 0)])
             read_ms = (time.perf_counter() - began) * 1e3
-            answer = yield from self._answer(decoder, tail[-1:] if reads_long else tail, "text")
+            answer, _ = yield from self._answer(decoder, tail[-1:] if reads_long else tail, "text")
             timing = answer.timing_ms
             prefill = read_ms + timing.prefill
             return replace(
@@ -436,7 +654,9 @@ class _Run:
             for ctx in contexts:
                 ctx.close()
 
-    def _answer(self, ctx: Context, prompt: list[int], mode: Mode) -> Generator[Event, None, Synthesis]:
+    def _answer(
+        self, ctx: Context, prompt: list[int], mode: Mode
+    ) -> Generator[Event, None, tuple[Synthesis, Generation]]:
         """Prefill the prompt and generate. Of the Synthesis, prefill and total count from here."""
         generation = Generation(ctx, 0, prompt, self.answer_sampling)
         began = time.perf_counter()
@@ -445,7 +665,7 @@ class _Run:
             first = first or time.perf_counter()
             yield AnswerToken(text, mode)
         ended = time.perf_counter()
-        return replace(
+        answer = replace(
             _NOTHING,
             answer=generation.text,
             tokens=replace(_NOTHING.tokens, generated=len(generation.tokens)),
@@ -453,6 +673,12 @@ class _Run:
                 _NOTHING.timing_ms, prefill=((first or ended) - began) * 1e3, total=(ended - began) * 1e3
             ),
         )
+        return answer, generation
+
+
+def _finish_reason(g: Generation) -> Literal["stop", "length"]:
+    """What an interruption cut off has simply become as long as it will be."""
+    return "stop" if g.finish_reason == "stop" else "length"
 
 
 _NOTHING = Synthesis("", Tokens(joined=0, prefilled=0, generated=0), Timing(0.0, 0.0, 0.0, 0.0, 0.0))

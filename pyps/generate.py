@@ -2,10 +2,15 @@
 
 import codecs
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from pyps.context import Context, Token
 from pyps.errors import InputError
+from pyps.model import Model
 from pyps.sampling import Sampler, Sampling
+
+# prompts that are completed in one batch: more hardly make it faster, and each needs cells for the longest
+_TOGETHER = 32
 
 
 class Generation:
@@ -116,3 +121,49 @@ def generate(
             sampler.close()
     for g in generations:
         ctx.remove(g.seq, g.end)  # tokens of a stop text
+
+
+def complete(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    seed: int,
+    *,
+    kv_type: str = "f16",
+    flash_attn: bool = False,
+    threads: int | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[Generation]:
+    """One generation for each prompt, many in one batch; what all prompts begin with is computed once. Seeds count up
+    from `seed`, so a prompt given twice is continued in two ways. Raises InputError and EngineError as Context does."""
+    found: list[Generation] = []
+    for start in range(0, len(prompts), _TOGETHER):
+        chunk = prompts[start : start + _TOGETHER]
+        common = _n_common(chunk)
+        with Context(
+            model,
+            max(map(len, chunk)) + sampling.max_tokens,
+            len(chunk),
+            kv_type=kv_type,
+            flash_attn=flash_attn,
+            threads=threads,
+        ) as ctx:
+            if common:
+                ctx.prefill(0, chunk[0][:common])
+                for seq in range(1, len(chunk)):
+                    ctx.copy(0, seq)
+            generations = [
+                Generation(ctx, i, prompt[common:], replace(sampling, seed=(seed + start + i) % 2**31))
+                for i, prompt in enumerate(chunk)
+            ]
+            for _ in generate(ctx, generations, stopped):
+                pass
+            found += generations
+    return found
+
+
+def _n_common(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts begin with; of each at least one is left."""
+    n = min(map(len, prompts)) - 1
+    first = prompts[0][: max(n, 0)]
+    return next((i for i, token in enumerate(first) if any(p[i] != token for p in prompts)), len(first))

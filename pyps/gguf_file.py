@@ -3,10 +3,21 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import gguf
+import numpy as np
 
 from pyps.errors import InputError
+
+
+class _Reader(gguf.GGUFReader):
+    """Refuses to read past the end: gguf's own reader would go on with nothing, as often as a damaged length says."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+            raise ValueError(f"{count:,} values are said to be at byte {offset:,} of {len(self.data):,}")
+        return super()._get(offset, dtype, count, override_order)
 
 
 @contextmanager
@@ -18,7 +29,9 @@ def open_gguf(path: Path, what: str) -> Iterator[gguf.GGUFReader]:
     """
     check_gguf(path, what)
     try:
-        yield gguf.GGUFReader(path)
+        with np.errstate(over="ignore"):  # absurd offsets are found out by _get
+            reader = _Reader(path)
+        yield reader
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except Exception as error:

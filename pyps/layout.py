@@ -1,7 +1,7 @@
 """Prompt layouts: what the branches, the synthesizer and the text baseline are given, token by token.
 
 The one place that decides it, for the runtime, the text baseline and training alike. An adapter is trained for one
-layout and records which.
+layout and records which. Whatever people, files or tools say is data: control tokens written out in it stay text.
 
     shared   [system, task] is a prefix, computed once, that branches fork from and the synthesizer keeps:
              branch        prefix | instruction, assistant header | output
@@ -23,8 +23,9 @@ LAYOUTS: tuple[LayoutName, ...] = ("shared", "paper")
 
 DEFAULT_SYNTHESIZE = "Using the notes above, give one final answer."
 
-# stands for what follows the task in the user's turn; a private-use character that no template treats specially
+# private-use characters that no template treats specially. One stands for what follows the task in the user's turn
 _REST = "\ue000"
+_ANSWER, _NEXT = "\ue003", "\ue004"  # for an answer, and what the user says to it
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class Layout:
         self._model = model
         self._name = name
         self._synthesize = synthesize
-        messages = [{"role": "system", "content": system}] if system else []
-        prompt = model.render_chat([*messages, {"role": "user", "content": task.strip() + _REST}])
+        messages = [{"role": "system", "content": model.as_data(system)}] if system else []
+        prompt = model.render_chat([*messages, {"role": "user", "content": model.as_data(task.strip()) + _REST}])
         head, mark, self._tail = prompt.partition(_REST)
         if not mark or _REST in self._tail:
             raise InputError(f"{model.name}: the model's chat template does not give the user's text once, as it is")
@@ -74,7 +75,8 @@ class Layout:
 
     def _after_prefix(self, text: str) -> list[int]:
         """The rest of the user's turn, and the header of the assistant's."""
-        return self._model.tokenize(f"\n\n{text.strip()}{self._tail}" if text.strip() else self._tail)
+        text = self._model.as_data(text.strip())
+        return self._model.tokenize(f"\n\n{text}{self._tail}" if text else self._tail)
 
     def prompts(self, instructions: Sequence[str]) -> Prompts:
         """The cache side; an instruction may be empty (a plain sample of the task)."""
@@ -85,6 +87,16 @@ class Layout:
             branch_point=len(self._prefix) if self._name == "shared" else 0,
             synthesizer=synthesizer if self._name == "shared" else self._prefix + synthesizer,
         )
+
+    def follow_up(self, text: str) -> list[int]:
+        """What comes after an answer when the user says this to it, up to where the next answer begins. Raises
+        InputError if the model's chat template knows only one turn."""
+        turns = [("user", "?"), ("assistant", _ANSWER), ("user", _NEXT)]
+        prompt = self._model.render_chat([{"role": role, "content": content} for role, content in turns])
+        between, mark, end = prompt.partition(_ANSWER)[2].partition(_NEXT)
+        if not mark:
+            raise InputError(f"{self._model.name}: the model's chat template does not give a second turn as it is")
+        return self._model.tokenize(between + self._model.as_data(text) + end)
 
     def pasted(self, names: Sequence[str], texts: Sequence[str]) -> list[int]:
         """The text baseline: what follows the prefix when the branches' texts are pasted into the user's turn. The

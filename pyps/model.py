@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import hashlib
+import re
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,10 @@ from pyps.tuned import Tuned, read_tuned
 if TYPE_CHECKING:
     from pyps.adapter import Adapter
     from pyps.context import Context
+
+# private-use characters around what is text although it looks like a control token
+_MARKED = re.compile("\ue001(.*?)\ue002", re.DOTALL)
+_MARKS = re.compile("[\ue001\ue002]")
 
 _backend_started = False
 
@@ -191,18 +196,45 @@ class Model:
         return _native.long_context(self.address)
 
     def tokenize(self, text: str, *, start: bool = False) -> list[int]:
-        """Tokens of text; special tokens in it (`<|im_end|>`) are recognised. `start`: add what the vocabulary puts
-        at the start of a sequence, unless the text has it already (chat templates often do)."""
-        data = text.encode("utf-8", "replace")  # llama.cpp's tokenizer throws on what is not UTF-8
+        """Tokens of text; special tokens in it (`<|im_end|>`) are recognised, but where `as_data` has marked them.
+        `start`: add what the vocabulary puts at the start of a sequence, unless the text has it already (chat templates
+        often do)."""
         if start and (bos := self._bos_text()) and text.startswith(bos):
             start = False
+        tokens = []
+        for i, part in enumerate(_MARKED.split(text)):
+            if part or i == 0:
+                tokens += self._tokenize(part, start and i == 0, special=i % 2 == 0)
+        return tokens
+
+    def _tokenize(self, text: str, start: bool, special: bool) -> list[int]:
+        data = text.encode("utf-8", "replace")  # llama.cpp's tokenizer throws on what is not UTF-8
         size = len(data) + 8
         while True:
             buffer = (llama_cpp.llama_token * size)()
-            n = llama_cpp.llama_tokenize(self.vocab, data, len(data), buffer, size, start, True)
+            n = llama_cpp.llama_tokenize(self.vocab, data, len(data), buffer, size, start, special)
             if n >= 0:
                 return list(buffer[:n])
             size = -n
+
+    def as_data(self, text: str) -> str:
+        """Text for a prompt that comes from people, files or tools: what looks like a control token of this model in it
+        ("<|im_end|>") is marked, and `tokenize` then takes it as the characters it is made of."""
+        text = _MARKS.sub("", text)
+        return self._control.sub(lambda found: f"\ue001{found[0]}\ue002", text)
+
+    @functools.cached_property
+    def _control(self) -> re.Pattern[str]:
+        """Finds the texts of all control tokens."""
+        self.check_open()
+        control = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+        texts = {
+            self.piece(token, special=True).decode("utf-8", "replace")
+            for token in range(self.n_vocab)
+            if llama_cpp.llama_vocab_get_attr(self.vocab, token) & control
+        }
+        # the longest first; without any, what never matches
+        return re.compile("|".join(map(re.escape, sorted(texts - {""}, key=len, reverse=True))) or "(?!)")
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes of a token: possibly part of a character. Special tokens are empty unless asked for."""

@@ -22,12 +22,14 @@ class Field:
     """One thing that can be known of an entity. {e} stands for the entity, {v} for the value.
 
     Attributes:
-        says: statements; the first is also how answers put it.
+        says: statements.
         asks: questions about one entity; the last two are for held-out examples. So it is with the others.
         asks_two: about {a} and {b}.
         asks_all: about all entities of a list.
         what: for "Do the notes agree about {what}?"
         most: of numbers, questions for the largest; `is_most` answers them.
+        target: which of `says` targets are put in: the words that text synthesis would use, because those are what the
+            distillation of it teaches.
     """
 
     says: Sequence[str]
@@ -39,6 +41,7 @@ class Field:
     numbers: tuple[int, int] | None = None
     most: Sequence[str] = ()
     is_most: str = ""
+    target: int = 0
 
     def draw(self, held_out: bool, rng: random.Random) -> str:
         if self.numbers:
@@ -129,6 +132,7 @@ _PEOPLE = Domain(
              "Which jobs do they have?", "Tell me all the jobs."],
             "the job of {e}",
             _JOBS,
+            target=1,
         ),
         "pet": Field(
             ["{e} has a {v}.", "The pet of {e} is a {v}.", "{e} owns a {v}."],
@@ -140,6 +144,7 @@ _PEOPLE = Domain(
              "Which animals do they own?", "Tell me all the pets."],
             "the pet of {e}",
             _PETS,
+            target=1,
         ),
         "age": Field(
             ["{e} is {v} years old.", "The age of {e} is {v}.", "{e} turned {v} this year."],
@@ -153,7 +158,8 @@ _PEOPLE = Domain(
             numbers=(11, 89),
             most=["Who is the oldest?", "Which of these people is the oldest?", "Name the oldest person.",
                   "Who has the highest age?", "Tell me who is the oldest."],
-            is_most="{e} is the oldest.",
+            is_most="The oldest is {e}.",
+            target=1,
         ),
     },
     "Report on {e}.",
@@ -173,6 +179,7 @@ _THINGS = Domain(
              "Which colours do they have?", "Tell me all the colours."],
             "the colour of {e}",
             _COLOURS,
+            target=1,
         ),
         "material": Field(
             ["{e} is made of {v}.", "{v} is what {e} is made of.", "{e} consists of {v}."],
@@ -198,7 +205,8 @@ _THINGS = Domain(
             numbers=(5, 95),
             most=["What is the most expensive?", "Which of these things costs the most?", "Name the most expensive.",
                   "What has the highest price?", "Tell me what costs the most."],
-            is_most="{e} costs the most.",
+            is_most="The most expensive is {e}.",
+            target=1,
         ),
     },
     "Describe {e}.",
@@ -218,6 +226,7 @@ _PLACES = Domain(
              "Which weather do they have?", "Tell me the weather of all."],
             "the weather in {e}",
             _WEATHER,
+            target=1,
         ),
         "temperature": Field(
             ["It is {v} degrees in {e}.", "The temperature in {e} is {v} degrees.", "{e} has {v} degrees today."],
@@ -232,7 +241,8 @@ _PLACES = Domain(
             numbers=(5, 39),
             most=["Where is it the warmest?", "Which of these cities is the warmest?", "Name the warmest city.",
                   "Which city has the highest temperature?", "Tell me where it is the warmest."],
-            is_most="{e} is the warmest.",
+            is_most="The warmest city is {e}.",
+            target=1,
         ),
     },
     "Report on the weather in {e}.",
@@ -251,6 +261,7 @@ _LIBRARY = Domain(
              "Which authors wrote them?", "Tell me all the authors."],
             "the author of {e}",
             _AUTHORS,
+            target=1,
         ),
         "pages": Field(
             ["{e} has {v} pages.", "The number of pages of {e} is {v}.", "{e} is {v} pages long."],
@@ -265,7 +276,8 @@ _LIBRARY = Domain(
             numbers=(90, 950),
             most=["Which of these books is the longest?", "Which book has the most pages?", "Name the longest book.",
                   "Which book is the thickest?", "Tell me which book is the longest."],
-            is_most="{e} is the longest.",
+            is_most="The longest book is {e}.",
+            target=1,
         ),
     },
     "Describe the book {e}.",

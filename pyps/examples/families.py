@@ -75,11 +75,15 @@ class _Scene:
     def answers(self, *entities: str) -> list[str]:
         return [self.facts[e][self.name] for e in entities]
 
-    def say(self, entity: str, name: str, way: int | None = None) -> str:
-        says = self.domain.fields[name].says
-        return _capital(says[self.rng.randrange(len(says)) if way is None else way].format(
-            e=entity, v=self.facts[entity][name]
-        ))  # fmt: skip
+    def say(self, entity: str, name: str) -> str:
+        return self._said(self.rng.choice(self.domain.fields[name].says), entity, name)
+
+    def target(self, entity: str) -> str:
+        """What is asked for, as text synthesis would put it."""
+        return self._said(self.field.says[self.field.target], entity, self.name)
+
+    def _said(self, way: str, entity: str, name: str) -> str:
+        return _capital(way.format(e=entity, v=self.facts[entity][name]))
 
     def branches(self) -> list[ExampleBranch]:
         """One of each entity: what is asked for, and sometimes something else."""
@@ -107,13 +111,13 @@ class _Scene:
 def _look_up(held_out: bool, rng: random.Random) -> Example:
     s = _Scene(held_out, rng)
     one, *others = rng.sample(s.entities, len(s.entities))
-    return s.example(s.ask(s.field.asks, e=one), s.say(one, s.name, 0), s.answers(one), s.answers(*others))
+    return s.example(s.ask(s.field.asks, e=one), s.target(one), s.answers(one), s.answers(*others))
 
 
 def _combine(held_out: bool, rng: random.Random) -> Example:
     s = _Scene(held_out, rng)
     a, b, *others = rng.sample(s.entities, len(s.entities))
-    first, second = s.say(a, s.name, 0), s.say(b, s.name, 0)
+    first, second = s.target(a), s.target(b)
     target = f"{first[:-1]}, and {second[0].lower() if second.startswith(('The ', 'It ')) else second[0]}{second[1:]}"
     return s.example(s.ask(s.field.asks_two, a=a, b=b), target, s.answers(a, b), s.answers(*others))
 
@@ -121,7 +125,8 @@ def _combine(held_out: bool, rng: random.Random) -> Example:
 def _list(held_out: bool, rng: random.Random) -> Example:
     s = _Scene(held_out, rng)
     values = s.answers(*s.entities)
-    return s.example(s.ask(s.field.asks_all), f"{', '.join(values[:-1])} and {values[-1]}.", values, [])
+    target = f"The notes say {', '.join(values[:-1])} and {values[-1]}."
+    return s.example(s.ask(s.field.asks_all), target, values, [])
 
 
 def _compare(held_out: bool, rng: random.Random) -> Example:
@@ -150,7 +155,7 @@ def _majority(held_out: bool, rng: random.Random) -> Example:
         task=s.ask(s.field.asks, e=one),
         branches=[ExampleBranch(text=text) for text in texts],
         synthesize="The notes are answers. " + _ask(_MOSTLY, held_out, rng),
-        target=s.say(one, s.name, 0),
+        target=s.target(one),
         answer=[right],
         wrong=[wrong] if Counter(said)[wrong] else [],
     )

@@ -1,13 +1,10 @@
 """Examples in tokens, laid out as the runtime does, with its own tokenizer; what is missing in them is generated."""
 
-import itertools
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from pyps.context import MAX_SEQUENCES, Context
 from pyps.examples.example import Example
-from pyps.generate import Generation, generate
+from pyps.generate import Generation, complete
 from pyps.layout import Layout, place
 from pyps.model import Model
 from pyps.sampling import Sampling
@@ -42,7 +39,6 @@ class TokenExample:
         answer: what the synthesizer is to say, its end-of-turn token included.
         given: whether the data gave the answer, or the text synthesizer did.
         in_order: how the outputs are placed (layout.place).
-        decisive: which tokens of a given answer make it right (decisive_tokens); if none are known, all do.
     """
 
     prefix: list[int]
@@ -53,8 +49,6 @@ class TokenExample:
     answer: list[int]
     given: bool = True
     in_order: bool = False
-    # not of what is computed without gradient, which is kept under the name of the rest (train/encoded.py)
-    decisive: list[int] = field(default_factory=list, repr=False)
 
     @property
     def n_cells(self) -> int:
@@ -104,7 +98,7 @@ def lay_out(
         for prompt, b in zip(p.branches, e.branches, strict=True)
         if b.text is None
     ]
-    outputs = iter(_generate(model, missing, Sampling(max_tokens=branch_tokens), seed))
+    outputs = iter(complete(model, missing, Sampling(max_tokens=branch_tokens), seed))
     found: list[TokenExample] = []
     for lay, p, e in zip(layouts, prompts, examples, strict=True):
         spans = [next(outputs).tokens if b.text is None else model.tokenize(b.text) for b in e.branches]
@@ -127,39 +121,13 @@ def lay_out(
 
 def add_answers(model: Model, examples: Sequence[TokenExample]) -> list[TokenExample]:
     """Gives those without an answer the text synthesizer's own greedy one, all in one batch."""
-    answers = iter(_generate(model, [t.prefix + t.pasted for t in examples if not t.answer], _ANSWER, 0))
+    answers = iter(complete(model, [t.prefix + t.pasted for t in examples if not t.answer], _ANSWER, 0))
     return [t if t.answer else replace(t, answer=_with_end(model, next(answers))) for t in examples]
-
-
-def _generate(model: Model, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[Generation]:
-    """One answer to each, in as few batches as llama.cpp allows."""
-    if len(prompts) > MAX_SEQUENCES:
-        rest = _generate(model, prompts[MAX_SEQUENCES:], sampling, seed + MAX_SEQUENCES)
-        return [*_generate(model, prompts[:MAX_SEQUENCES], sampling, seed), *rest]
-    if not prompts:
-        return []
-    with Context(model, max(map(len, prompts)) + sampling.max_tokens, len(prompts)) as ctx:
-        generations = [Generation(ctx, i, prompt, replace(sampling, seed=seed + i)) for i, prompt in enumerate(prompts)]
-        for _ in generate(ctx, generations):
-            pass
-    return generations
 
 
 def text_of(model: Model, tokens: Sequence[int]) -> str:
     """What the tokens say; bytes that are no UTF-8 are replaced."""
     return b"".join(map(model.piece, tokens)).decode(errors="replace")
-
-
-def decisive_tokens(model: Model, answer: Sequence[int], words: Sequence[str]) -> list[int]:
-    """The indices of an answer's tokens that are part of one of these words, of whatever case."""
-    pieces = [model.piece(token) for token in answer]
-    said = b"".join(pieces)
-    ends = list(itertools.accumulate(map(len, pieces)))
-    found = set()
-    for word in words:
-        for match in re.finditer(rb"(?<!\w)%b(?!\w)" % re.escape(word.encode()), said, re.IGNORECASE):
-            found |= {i for i, end in enumerate(ends) if match.start() < end and end - len(pieces[i]) < match.end()}
-    return sorted(found)
 
 
 def _with_end(model: Model, g: Generation) -> list[int]:

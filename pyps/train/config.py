@@ -49,8 +49,7 @@ class TrainConfig(_Strict):
     layout: of the prompts; written into the adapter.
     in_order: whether joined spans stand one after the other, as their texts would, or all begin at the branch point, as
         in the paper (layout.place); written into the adapter.
-    kl, ce: weights of the losses: KL divergence from the text synthesizer's distribution; cross-entropy of the target,
-        or of the words in it that the example calls its `answer`.
+    kl, ce: weights of the losses: KL divergence from the text synthesizer's distribution; cross-entropy of the target.
     steps, batch_size: of the optimizer, and examples in each.
     lr_lora, lr_mapper: peak learning rates; they rise over `warmup` steps and fall to a tenth.
     save_every: steps between checkpoints, and between measurements on held_out.

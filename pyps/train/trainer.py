@@ -22,7 +22,6 @@ from torch.nn.functional import cross_entropy
 from pyps.convert.lora import Lora, Shape, read_adapter, write_adapter
 from pyps.errors import InputError
 from pyps.examples.example import read_examples
-from pyps.examples.tokens import TokenExample, decisive_tokens
 from pyps.mapper import Mapper
 from pyps.model import Model
 from pyps.models import find_adapter, find_model
@@ -42,7 +41,7 @@ class Measures:
 
     Attributes:
         kl: from the text synthesizer's next-token distribution, in nats; kl_first: of the first token.
-        ce: cross-entropy of the target, in nats; of its decisive tokens only, where they are known.
+        ce: cross-entropy of the target, in nats.
         agreement: how often the most likely token is the text synthesizer's.
     """
 
@@ -89,12 +88,7 @@ class Trainer:
             with self._accelerator.main_process_first():  # the others find what it has written
                 # numbered through: first those to train on, then those to measure on
                 tokens = prepare(model, config.layout, data + held_out, config.output / TOKENS, self._report)
-            self._examples = [
-                replace(
-                    t, in_order=config.in_order, decisive=decisive_tokens(model, t.answer, e.answer) if t.given else []
-                )
-                for t, e in zip(tokens, data + held_out, strict=True)
-            ]
+            self._examples = [replace(t, in_order=config.in_order) for t in tokens]
             arch = model.arch
         finally:
             model.close()
@@ -210,7 +204,7 @@ class Trainer:
         examples = [self._examples[i] for i in batch]
         self._optimizer.zero_grad()
         student, teacher, targets, example = self._module(examples, self._encode(batch, soon))
-        kl, ce, measures = _losses(student, teacher, targets, example, examples)
+        kl, ce, measures = _losses(student, teacher, targets, example, len(examples))
         # a text synthesizer's answer is learned from its distribution, if at all from that
         given = torch.tensor([float(e.given or self.config.kl == 0) for e in examples], device=ce.device)
         self._accelerator.backward(self.config.kl * kl.mean() + self.config.ce * (given * ce).mean())
@@ -231,7 +225,7 @@ class Trainer:
             batch = mine[start : start + _ENCODE_TOGETHER]
             examples = [self._examples[i] for i in batch]
             student, teacher, targets, example = self.synthesis(examples, self._encode(batch, mine))
-            found.append(_losses(student, teacher, targets, example, examples)[2])
+            found.append(_losses(student, teacher, targets, example, len(examples))[2])
             sizes.append(len(batch))
         mean = self._mean(found, sizes)
         self._log({"step": self.step, "held_out": asdict(mean)})
@@ -314,26 +308,23 @@ def _losses(
     teacher: torch.Tensor,
     targets: torch.Tensor,
     example: torch.Tensor,
-    batch: Sequence[TokenExample],
+    n: int,
 ) -> tuple[torch.Tensor, torch.Tensor, Measures]:
-    """KL and cross-entropy of each example, [examples]; and what to report. Cross-entropy is of the decisive tokens:
-    the rest is wording, where a target and the text synthesizer's distribution pull in different directions."""
+    """KL and cross-entropy of each of n examples, [n]; and what to report."""
     p, q = teacher.log_softmax(-1), student.log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1)
     ce = cross_entropy(student, targets, reduction="none")
-    n = len(batch)
 
-    def each(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-        """Means over the tokens that are counted."""
-        sums = torch.zeros(2, n, device=values.device).index_add(1, example, torch.stack([values * counted, counted]))
+    def each(values: torch.Tensor) -> torch.Tensor:
+        """Means over an example's tokens."""
+        sums = torch.zeros(2, n, device=values.device).index_add(
+            1, example, torch.stack([values, torch.ones_like(values)])
+        )
         return sums[0] / sums[1]
 
-    every = torch.ones_like(ce)
-    decisive = [float(not e.decisive or i in e.decisive) for e in batch for i in range(len(e.answer))]
-
     first = torch.cat([example[:1] == example[:1], example[1:] != example[:-1]])
-    agreement = each((student.argmax(-1) == teacher.argmax(-1)).float(), every)
-    kl, ce, kl_first = each(kl, every), each(ce, torch.tensor(decisive, device=ce.device)), kl[first]
+    agreement = each((student.argmax(-1) == teacher.argmax(-1)).float())
+    kl, ce, kl_first = each(kl), each(ce), kl[first]
     return kl, ce, Measures(*(float(x.detach().mean()) for x in (kl, kl_first, ce, agreement)))
 
 

@@ -1,0 +1,82 @@
+"""Going on after the answer."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyps import ForkJoin, InputError, Limits, Sampling, ToolCall, tool
+from pyps.chat import Chat
+from pyps.context import Context, Span, join
+from pyps.layout import Layout
+
+GREEDY = Sampling(temperature=0, repeat_penalty=1, max_tokens=12, ignore_eos=True)
+
+
+def test_it_goes_on_in_front_of_the_same_cells(tiny_path: Path) -> None:
+    """Each answer is what a context gives that has the same cells and reads the same tokens."""
+    with ForkJoin.from_pretrained(str(tiny_path)) as fj, fj.fork("Go", ["a", "b"], sampling=GREEDY) as branches:
+        result = fj.run("Go", join=branches, sampling=GREEDY, keep=True, room=500)
+        assert result.kept is not None
+        with result.kept:
+            chat = Chat(fj, result.kept)
+            before = chat.room
+            said = ["".join(map(str, chat.say(text, GREEDY))) for text in ("And then?", "Why?")]
+            assert before - chat.room >= 2 * 12
+            assert chat.room > 0
+        layout = Layout(fj.model, fj.layout, "Go", None, "Using the notes above, give one final answer.")
+        prompts = layout.prompts([])
+        with Context(fj.model, 2048) as again:
+            again.prefill(0, prompts.prefix)
+            join(branches.ctx, again, [Span(c.seq, *c.spans[0], prompts.branch_point) for c in branches.cached])
+            texts = [result.answer, *said]
+            feeds = [prompts.synthesizer, layout.follow_up("And then?"), layout.follow_up("Why?")]
+            for feed, text in zip(feeds, texts, strict=True):
+                again.prefill(0, feed)
+                out = b""
+                for _ in range(12):
+                    logits = again.logits()
+                    logits[[t for t in range(fj.model.n_vocab) if fj.model.ends(t)]] = -1e9
+                    token = int(logits.argmax())
+                    out += fj.model.piece(token)
+                    again.prefill(0, [token])
+                assert out.decode(errors="replace") == text
+
+
+def test_with_tools(smollm2_path: Path) -> None:
+    @tool
+    def clock() -> str:
+        """The time."""
+        return "It is noon."
+
+    with ForkJoin.from_pretrained(str(smollm2_path)) as fj:
+        result = fj.run("Talk.", ["a", "b"], sampling=Sampling(temperature=0, max_tokens=8), keep=True, room=1000)
+        assert result.kept is not None
+        chat = Chat(fj, result.kept, [clock], Limits(min_calls=1, max_calls=1, result_tokens=32))
+        said = list(chat.say("What time is it?", Sampling(temperature=0, max_tokens=12)))
+        assert [s.result for s in said if isinstance(s, ToolCall)] == ["It is noon."]
+        assert any(isinstance(s, str) and s for s in said)
+        result.kept.close()
+        with pytest.raises(InputError, match="closed"):
+            list(chat.say("More"))
+
+
+def test_no_room(tiny_path: Path) -> None:
+    with ForkJoin.from_pretrained(str(tiny_path)) as fj:
+        result = fj.run("Go", ["a"], sampling=GREEDY, keep=True)
+        assert result.kept is not None
+        with result.kept, pytest.raises(InputError, match="the chat is full"):
+            list(Chat(fj, result.kept).say("x" * 600, GREEDY))
+        with pytest.raises(InputError, match="room"):
+            fj.run("Go", ["a"], sampling=GREEDY, keep=True, room=-1)
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pyps.cli", "run", "Talk.", "-b", "a", "-b", "b", "--max-tokens", "12", "--chat"]
+    done = subprocess.run(command, input="Go on.\n\nAnd?\n", capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    after = done.stdout.split("s in all\n")[1]
+    assert len([part for part in after.split("\n\n") if part.strip()]) >= 2
+    wrong = subprocess.run([*command, "--json"], input="", capture_output=True, text=True, timeout=200)
+    assert wrong.returncode == 2
