@@ -5,8 +5,9 @@
 # make mutants breaks the implementation on purpose, line by line, and sees whether the tests notice
 # make soak    a thousand forks, joins and generations in one process: memory must stay where it is
 # make bench   time to first token, cache against text, and what bounds it (pyps bench)
+# make bench-slots   what it saves to join branches from a file
 # make bench-compare REF=COMMIT   the same of an earlier commit and of this one, in turn
-# make adapter trains the adapter that comes with pyps (models/): two hours on two cores, resumable
+# make adapter trains the adapter that comes with pyps (models/): three hours on two cores, resumable
 # make clean   remove .venv and build
 #
 # The first build compiles llama-cpp-python (three to ten minutes); its wheel is kept in WHEELS for the next clone.
@@ -35,7 +36,7 @@ WHEELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/pyps/wheels/$(LLAMA)-$(KEY)
 
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_FIND_LINKS="$(WHEELS) $(PIP_FIND_LINKS)" $(BIN)/python -m pip
 
-.PHONY: demo test lint exact mutants soak bench bench-compare adapter clean
+.PHONY: demo test lint exact mutants soak bench bench-slots bench-compare adapter clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -63,6 +64,9 @@ bench: $(VENV)/installed-test
 	mkdir -p build
 	$(BIN)/pyps bench --plot build/bench.png
 
+bench-slots: $(VENV)/installed-test
+	$(BIN)/python bench/slots.py
+
 bench-compare: $(VENV)/installed-test
 	@test -n "$(REF)" || { echo "say what to compare with: make bench-compare REF=COMMIT"; exit 2; }
 	rm -rf build/compare
@@ -74,11 +78,14 @@ bench-compare: $(VENV)/installed-test
 # held-out entities and phrasings stay out of the examples; the suite of `pyps eval` has others of those
 adapter: $(VENV)/installed-test
 	mkdir -p build/adapter
-	cp models/smollm2-135m-instruct.yaml build/adapter/train.yaml
-	$(BIN)/pyps data families build/adapter/examples --train 6000 --held-out 104
-	$(BIN)/pyps train build/adapter/train.yaml
-	cp build/adapter/run/adapter.gguf models/smollm2-135m-instruct.gguf
-	cp build/adapter/run/report.png models/training.png
+	cp models/smollm2-135m-instruct-1.yaml models/smollm2-135m-instruct-2.yaml build/adapter
+	$(BIN)/pyps data families build/adapter/examples-1 --train 6000 --held-out 104
+	$(BIN)/pyps train build/adapter/smollm2-135m-instruct-1.yaml
+	$(BIN)/pyps data families build/adapter/examples-2 --train 2400 --held-out 104 --targets 1 --seed 1
+	$(BIN)/pyps train build/adapter/smollm2-135m-instruct-2.yaml
+	cp build/adapter/second/adapter.gguf models/smollm2-135m-instruct.gguf
+	cp build/adapter/first/report.png models/training-1.png
+	cp build/adapter/second/report.png models/training-2.png
 
 clean:
 	rm -rf $(VENV) build

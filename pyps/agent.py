@@ -106,12 +106,8 @@ class Agent:
         if not tools:
             return sampling.max_tokens
         asked = len(layout.follow_up(_after_result("x" * 64, "", True))) + _SLACK
-        return (
-            limits.max_calls * (_CALL_TOKENS + limits.result_tokens + asked)
-            + _CALL_TOKENS
-            + asked
-            + sampling.max_tokens
-        )
+        a_call = _CALL_TOKENS + limits.result_tokens + asked
+        return limits.max_calls * a_call + _CALL_TOKENS + asked + sampling.max_tokens
 
     def spans(self, joined: Joined) -> tuple[tuple[int, int], ...]:
         """What of it is joined: positions [start, end)."""
@@ -192,7 +188,7 @@ class Agent:
         else:
             self._call = _Call(choice["tool"], choice.get("arguments"), self._tools, self._limits)
 
-    def poll(self, stopped: bool = False) -> ToolCall | None:
+    def poll(self) -> ToolCall | None:
         """The call that was waited for, if it is over."""
         found = self._call.poll() if self._call else None
         if found is None:

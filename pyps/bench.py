@@ -12,6 +12,7 @@ one that is cut off by max_tokens still has its last token to compute.
 """
 
 import concurrent.futures
+import math
 import multiprocessing
 import signal
 import statistics
@@ -116,6 +117,7 @@ class _Sides:
         self._kv_type, self._threads = kv_type, threads
         self._times: dict[str, list[float]] = {}
         self._contexts: list[Context] = []
+        self._best: Context | None = None
         self._prefix = _tokens(model, case.task, 0)
         self._outputs = [_tokens(model, case.tokens, 7 * i + 1) for i in range(case.branches)]
         self._prompt = _tokens(model, case.prompt, 3)  # behind pasted texts
@@ -160,21 +162,12 @@ class _Sides:
         joined = self._point + c.branches * c.tokens + len(self._synthesizer_prompt)
         self._branches = self._context(self._start + c.tokens + _DECODED, c.branches)
         self._synthesizer = self._context(joined, adapter=self._adapter)
-        self._texts = {
-            f"flash attention {'on' if flash else 'off'}, batches of {batch}": self._context(
-                c.task + c.branches * c.tokens + c.prompt, flash_attn=flash, n_batch=batch
-            )
-            for flash, batch in _TEXT_SETTINGS
-            if flash or not prefers_flash_attn(self._kv_type)
-        }
         self._branches.prefill(0, self._prefix)
         for seq in range(1, c.branches):
             self._branches.copy(0, seq)
         for seq, output in enumerate(self._outputs):
             self._branches.prefill(seq, _tokens(self._model, _INSTRUCTION, seq) + output)
         self._synthesizer.warm_up()
-        for ctx in self._texts.values():
-            join(self._branches, ctx, [Span(0, 0, c.task, 0)])
         self._unified: Context | None = None
         if llama_cpp.llama_memory_can_shift(llama_cpp.llama_get_memory(self._branches.pointer)):
             self._unified = self._context(joined, c.branches + 1, unified=True)
@@ -186,8 +179,8 @@ class _Sides:
                 join(self._branches, self._unified, [Span(0, 0, c.task, 0)])
 
     def step(self, keep: bool) -> None:
-        """Every side once. The first time, text synthesis in every setting: the best one stays."""
-        found = self._cache() | self._text() | self._decode()
+        """Every side once. The first time, text synthesis is tried in every setting: the best one stays."""
+        found = self._cache() | {"text": self._text(self._best_text())} | self._decode()
         if self._unified:
             found["kshift"] = self._kshift(self._unified)
         if keep:
@@ -220,18 +213,33 @@ class _Sides:
         floor = time.perf_counter() - again
         return {"cache": (ended - began) * 1e3, "join": (joined - began) * 1e3, "floor": floor * 1e3}
 
-    def _text(self) -> dict[str, float]:
+    def _best_text(self) -> Context:
+        """The context in which text synthesis is fastest; found on the first call. One after the other: all at once may
+        not fit into memory."""
+        if self._best is None:
+            c = self._case
+            least = math.inf
+            for flash, batch in _TEXT_SETTINGS:
+                if not flash and prefers_flash_attn(self._kv_type):
+                    continue
+                ctx = self._context(c.task + c.branches * c.tokens + c.prompt, flash_attn=flash, n_batch=batch)
+                ctx.warm_up()
+                join(self._branches, ctx, [Span(0, 0, c.task, 0)])
+                worse: Context | None = ctx
+                if (took := self._text(ctx)) < least:
+                    least, worse, self._best = took, self._best, ctx
+                    self._setting = f"flash attention {'on' if flash else 'off'}, batches of {batch}"
+                if worse:
+                    worse.close()
+        assert self._best is not None
+        return self._best
+
+    def _text(self, ctx: Context) -> float:
         tail = [token for output in self._outputs for token in output] + self._prompt
-        took = {}
-        for name, ctx in self._texts.items():
-            ctx.remove(0, self._case.task)
-            began = time.perf_counter()
-            self._first_token(ctx, tail)
-            took[name] = (time.perf_counter() - began) * 1e3
-        best = min(took, key=lambda name: took[name])
-        for name in took.keys() - {best}:
-            self._texts.pop(name).close()
-        return {"text": took[best]}
+        ctx.remove(0, self._case.task)
+        began = time.perf_counter()
+        self._first_token(ctx, tail)
+        return (time.perf_counter() - began) * 1e3
 
     def _kshift(self, ctx: Context) -> float:
         c, memory = self._case, llama_cpp.llama_get_memory(ctx.pointer)
@@ -268,7 +276,7 @@ class _Sides:
     def row(self, layout: str) -> dict[str, Any]:
         c = self._case
         found: dict[str, Any] = {"branches": c.branches, "tokens": c.tokens, "prompt": c.prompt, "layout": layout}
-        found |= {"task": c.task, "text_setting": next(iter(self._texts)), "kshift_ms": None}
+        found |= {"task": c.task, "text_setting": self._setting, "kshift_ms": None}
         units = {"batch": "_tokens_s", "single": "_tokens_s", "ratio": "", "join_share": "", "floor_ratio": ""}
         units["batch_gain"] = ""
         for name, values in self._times.items():

@@ -186,6 +186,44 @@ MUTANTS = [
         "                kl = (np.exp(logs) * (logs - reference.logs)).sum(-1)",
         ("tests/test_evaluate.py::test_measures_are_those_of_pytorch[shared]",),
     ),
+    Mutant(
+        "V is written to disk as it lies in the cache",
+        "native/rows.cpp",
+        "        transpose(v + run.from * v_row, channels.data(), l.n_embd_v, run.n, size);",
+        "        std::memcpy(v + run.from * v_row, channels.data(), channels.size());",
+        ("tests/test_slots.py::test_every_cell_survives[llama-f16]",),
+    ),
+    Mutant(
+        "the hash of a file is not looked at",
+        "pyps/slots.py",
+        "_hash(path, size) != _tail(path)",
+        "False",
+        ("tests/test_slots.py::test_the_command_line",),
+    ),
+    Mutant(
+        "branches of one context are mapped as those of another",
+        "pyps/forkjoin.py",
+        "None if affine is None else affine[of]",
+        "None if affine is None else affine[: len(of)]",
+        ("tests/test_tree.py::test_its_caches_are_the_oracles[qwen2]",),
+    ),
+    Mutant(
+        "what is left out of a branch leaves a gap",
+        "pyps/forkjoin.py",
+        "                    to += end - start",
+        "                    to += end - start + 1",
+        ("tests/test_agent.py::test_what_is_joined[generated]",),
+    ),
+    Mutant(
+        "control tokens in data are control tokens",
+        "pyps/model.py",
+        '        return self._control.sub(lambda found: f"\\ue001{found[0]}\\ue002", text)',
+        "        return text",
+        (
+            "tests/test_layout.py::test_control_tokens_in_data_stay_text",
+            "tests/test_agent.py::test_tool_results_stay_data",
+        ),
+    ),
 ]
 
 

@@ -295,6 +295,14 @@ class Oracle:
         model = self._synthesizer if lora else self._base
         return self._forward(model, tokens, max(joined.positions) + 1, joined)[0].numpy()
 
+    def answer(self, joined: Joined, prompt: Sequence[int], said: Sequence[int]) -> Span:
+        """What the synthesizer, its LoRA on, leaves in the cache of what it said after its prompt."""
+        start = max(joined.positions) + 1
+        _, cache = self._forward(self._synthesizer, [*prompt, *said], start, joined)
+        k = [layer.keys[0, :, -len(said) :] for layer in cache.layers]
+        v = [layer.values[0, :, -len(said) :] for layer in cache.layers]
+        return Span(k, v, start + len(prompt))
+
 
 def _with_lora(weights: dict[str, torch.Tensor], adapter: Path) -> dict[str, torch.Tensor]:
     reader = gguf.GGUFReader(adapter)

@@ -141,8 +141,12 @@ def test_what_is_joined(tiny_path: Path, joined: str) -> None:
             mine, theirs = read(forked.ctx, 0, 2), read(again, 0, 2)
             assert len(mine.k) == len(theirs.k)
             assert abs(mine.k - theirs.k).max() < 2e-2
-        result = fj.run(TASK, join=forked, sampling=sampling)
+        result = fj.run(TASK, join=forked, sampling=sampling, keep=True)
         assert result.tokens.joined == len(cached.tokens)
+        assert result.kept is not None
+        positions = read(result.kept.ctx, 0, 0).positions.tolist()
+        assert positions == list(range(len(positions))), "what was left out leaves no gap"
+        result.kept.close()
         everything.close()
 
 

@@ -25,7 +25,6 @@ def test_what_is_timed_is_what_a_run_does(tiny: Model, tmp_path: Path, layout: s
     adapter = Adapter(write_adapter(tmp_path / "a.gguf", mapper=mapper_metadata(1)), tiny)
     case = Case(branches=3, tokens=8, prompt=5, task=6)
     with _Sides(tiny, adapter, layout, case, "f32", None) as sides:
-        assert len(sides._texts) == 6
         tokens: list[int] = []
         logits = []
         first_token = sides._first_token
@@ -40,16 +39,17 @@ def test_what_is_timed_is_what_a_run_does(tiny: Model, tmp_path: Path, layout: s
             sides.step(keep=True)
         synthesizer = 5 if layout == "shared" else 6 + 5
         text = 3 * 8 + 5
-        first_round = [synthesizer] * 2 + [text] * 6 + [synthesizer]  # cache, floor, text in all settings, K-shift
+        first_round = [synthesizer] * 2 + [text] * 7 + [synthesizer]  # cache, floor, text in all settings, K-shift
         assert tokens == [*first_round, synthesizer, synthesizer, text, synthesizer]
         assert logits[0] == pytest.approx(logits[1], abs=1e-5), "the floor reads the same cells"
-        assert logits[9] == pytest.approx(logits[0], abs=1e-5), "nothing is left over from the first round"
-        assert logits[12] == pytest.approx(logits[8], abs=1e-4), "nor of the K-shift: keys went back"
-        assert logits[8] != pytest.approx(logits[0], abs=1e-2), "it has neither mapper nor LoRA"
+        assert logits[10] == pytest.approx(logits[0], abs=1e-5), "nothing is left over from the first round"
+        assert logits[13] == pytest.approx(logits[9], abs=1e-4), "nor of the K-shift: keys went back"
+        assert logits[9] != pytest.approx(logits[0], abs=1e-2), "it has neither mapper nor LoRA"
         position = (6 if layout == "shared" else 0) + 8
         assert sides._synthesizer.end(0) == position + synthesizer, "spans overlap"
-        (text_context,) = sides._texts.values()
-        assert text_context.end(0) == 6 + text
+        assert sides._best_text().end(0) == 6 + text
+        n_open = sum(ctx._pointer is not None for ctx in sides._contexts)
+        assert n_open == 4, "branches, synthesizer, the best for texts, and the unified one: others are closed"
     adapter.close()
 
 

@@ -59,7 +59,7 @@ def test_it_is_better_than_none() -> None:
 
 def test_how_it_was_made() -> None:
     """The config beside it is one that this version reads, and the card says what `pyps eval` found."""
-    config = MODELS / "smollm2-135m-instruct.yaml"
+    config = MODELS / "smollm2-135m-instruct-2.yaml"
     assert read_config(config).layout == "shared" and yaml.safe_load(config.read_text())["base"] == "smollm2"
     card = (MODELS / "README.md").read_text()
     assert "make adapter" in card and "pyps eval" in card

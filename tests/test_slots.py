@@ -180,7 +180,7 @@ def test_a_full_disk_leaves_no_file(tmp_path: Path, tiny_path: Path) -> None:
 
 def _damaged(data: bytes, rng: random.Random) -> bytes:
     """Bits turned, bytes set, cut off, or doubled; mostly where the names, types and sizes are."""
-    head = data.find(b"blk.0.k") + 4000
+    head = data.find(b"blk.0.k") + 600
     body = bytearray(data[:-32])
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(min(head, len(body)) if rng.random() < 0.9 else len(body))
@@ -198,14 +198,15 @@ def _damaged(data: bytes, rng: random.Random) -> bytes:
     return bytes(body)
 
 
-def test_ten_thousand_damaged_files(tmp_path: Path, tiny_path: Path, saved: Path) -> None:
+def test_ten_thousand_damaged_files(tmp_path: Path) -> None:
     """An exception of ours each time, or branches that can be joined; never a crash."""
     rng = random.Random(1)
-    data = saved.read_bytes()
     path = tmp_path / "x.pyps"
     refused = loaded = 0
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj:
-        fj.model.check_joinable()
+    model = write_model(tmp_path / "m.gguf", n_layers=1)  # a small file is read faster
+    with ForkJoin.from_pretrained(str(model)) as fj:
+        fj.run(TASK, ["a", "b"], sampling=replace(LONG, max_tokens=5), save=path)
+        data = path.read_bytes()
         for i in range(10_000):
             body = _damaged(data, rng)
             # whoever means harm writes the right hash

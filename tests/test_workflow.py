@@ -15,7 +15,7 @@ from pyps.cli import main
 from pyps.events import Done
 from pyps.workflow import read_workflow, run_workflow, set_variables, shipped_workflows
 
-SHORT = ["--max-tokens", "24", "--temperature", "0", "--seed", "1"]
+SHORT = ["--max-tokens", "16", "--temperature", "0", "--seed", "1"]
 
 
 def pyps(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,79 @@
+"""A tree of fork-joins against the oracle: four branches, two answers, one. The answers' own caches are joined."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from caches import read
+from oracle import Oracle, Span
+from tiny import mapper_metadata, write_adapter, write_model
+
+from pyps import Branches, ForkJoin, Sampling
+from pyps.layout import DEFAULT_SYNTHESIZE, Layout, Prompts
+
+SAMPLING = Sampling(temperature=1, seed=4, max_tokens=14, ignore_eos=True)
+N_LAYERS = 4
+
+
+class Tree:
+    def __init__(self, fj: ForkJoin, oracle: Oracle) -> None:
+        self.fj, self.oracle = fj, oracle
+
+    def prompts(self, task: str, branches: list[str]) -> Prompts:
+        return Layout(self.fj.model, "shared", task, None, DEFAULT_SYNTHESIZE).prompts(branches)
+
+    def branch(self, task: str, prompt: str, said: tuple[int, ...]) -> Span:
+        p = self.prompts(task, [prompt])
+        before = [*p.prefix, *p.branches[0]]
+        return self.oracle.encode([*before, *said], (len(before), len(before) + len(said)))
+
+    def joined(self, task: str, spans: list[Span]):  # type: ignore[no-untyped-def]
+        prefix = self.oracle.encode(self.prompts(task, []).prefix, (0, len(self.prompts(task, []).prefix)))
+        assert self.fj.adapter is not None
+        assert self.fj.adapter.mapper is not None
+        coefficients = self.fj.adapter.mapper.coefficients(list(map(len, spans)), N_LAYERS)
+        return self.oracle.join(prefix, spans, coefficients, in_order=True)
+
+    def answer(self, task: str, spans: list[Span], kept: Branches) -> Span:
+        return self.oracle.answer(
+            self.joined(task, spans), self.prompts(task, []).synthesizer, list(kept.cached[0].tokens)
+        )
+
+
+def _rows(values: list[torch.Tensor], layer: int) -> np.ndarray:
+    """[cells, channels]"""
+    return values[layer].transpose(0, 1).flatten(1).numpy()
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3"])  # whose keys GGUF does not permute
+def test_its_caches_are_the_oracles(tmp_path: Path, arch: str) -> None:
+    path = write_model(tmp_path / "m.gguf", arch)
+    options = {"pyps__layout": "shared", "pyps__in_order": True}
+    adapter = write_adapter(tmp_path / "a.gguf", arch=arch, mapper=mapper_metadata(3), **options)
+    pairs = {"Go left.": ["a", "b"], "Go right.": ["c", "d"]}
+    with ForkJoin.from_pretrained(str(path), adapter=adapter, kv_type="f32") as fj:
+        tree = Tree(fj, Oracle(path, adapter))
+        kept, answers = [], []
+        for n, (task, instructions) in zip((14, 9), pairs.items(), strict=True):
+            with fj.fork(task, instructions, sampling=SAMPLING) as forked:
+                result = fj.run(task, join=forked, answer=replace(SAMPLING, max_tokens=n), keep=True)
+                assert result.kept is not None
+                kept.append(result.kept)
+                said = zip(instructions, forked.cached, strict=True)
+                spans = [tree.branch(task, prompt, c.tokens) for prompt, c in said]
+                answers.append(tree.answer(task, spans, result.kept))
+        top = fj.run("Now sum up.", join=kept, answer=SAMPLING, keep=True)
+        assert top.kept is not None
+        joined = tree.joined("Now sum up.", answers)
+        mine = tree.answer("Now sum up.", answers, top.kept)
+        n, start, end = len(joined.positions), mine.start, mine.start + len(mine)
+        for layer in range(N_LAYERS):
+            got = read(top.kept.ctx, 0, layer, "f32")
+            assert got.positions[:n].tolist() == joined.positions
+            for name, want, last in (("k", joined.k, mine.k), ("v", joined.v, mine.v)):
+                have = getattr(got, name)
+                scale = np.abs(have).max()
+                assert np.abs(have[:n] - _rows(want, layer)).max() < 1e-4 * scale
+                assert np.abs(have[start:end] - _rows(last, layer)).max() < 1e-4 * scale
