@@ -22,7 +22,7 @@ from pyps.layout import Layout
 from pyps.sampling import Sampler, Sampling
 from pyps.tools import ANSWER, Tool, explain
 
-Joined = Literal["final", "generated", "everything"]
+JoinedPart = Literal["final", "generated", "everything"]
 
 _CALL_TOKENS = 192  # most of a choice
 _SLACK = 32  # tokens that a text may have more in its place than alone
@@ -77,10 +77,11 @@ def choices(tools: Sequence[Tool], may_answer: bool) -> str:
 
 
 class Agent:
-    """One branch, with tools or without.
+    """One branch, or the synthesizer, with tools or without.
 
     Attributes:
-        seq: its sequence. calls: those that are done. turns: its generations; the last is the answer if `done`.
+        seq: its sequence. calls: those that are over. turns: its generations; final: the last, once it is the answer;
+            done: whether that has ended.
     """
 
     def __init__(
@@ -109,12 +110,12 @@ class Agent:
         a_call = _CALL_TOKENS + limits.result_tokens + asked
         return limits.max_calls * a_call + _CALL_TOKENS + asked + sampling.max_tokens
 
-    def spans(self, joined: Joined) -> tuple[tuple[int, int], ...]:
+    def spans(self, joined: JoinedPart) -> tuple[tuple[int, int], ...]:
         """What of it is joined: positions [start, end)."""
         if joined == "everything":
             end = self._start + len(self.tokens)
             return ((self._start, end),) if self.tokens else ()
-        turns = self.turns if joined == "generated" else self.turns[-1:] if self._final else []
+        turns = self.turns if joined == "generated" else [self.final] if self.final else []
         return tuple((g.start, g.end) for g in turns if g.tokens)
 
     def tokens_of(self, spans: Sequence[tuple[int, int]]) -> tuple[int, ...]:
@@ -134,7 +135,6 @@ class Agent:
         return self._ctx.end(self.seq)
 
     def _begin(self, prompt: list[int], final: bool) -> None:
-        self._final = final
         sampling = self._sampling
         if not final:
             # a penalty for repeated tokens is one for quotes and braces
@@ -148,6 +148,7 @@ class Agent:
             self.tokens += prompt
         self._carry = []
         self.turns.append(Generation(self._ctx, self.seq, self.feed, sampling))
+        self.final = self.turns[-1] if final else None
         self.close()
         self._sampler = Sampler(self._ctx.model, sampling)
 
@@ -170,8 +171,8 @@ class Agent:
                 self.feed = [token]
             elif g.finish_reason == "length":
                 self._carry = [token]
-        text = g._new_text() if self._final else ""
-        if g.finish_reason and self._final:
+        text = g._new_text() if self.final else ""
+        if g.finish_reason and self.final:
             self.done = True
         elif g.finish_reason:
             self._choose(g.text)
@@ -257,7 +258,8 @@ class _Call:
 def run_agents(
     ctx: Context, agents: Sequence[Agent], stopped: Callable[[], bool] = lambda: False
 ) -> Iterator[tuple[Agent, str | ToolCall]]:
-    """All turns of all agents. Yields (agent, new text of its answer) and (agent, a call that is over).
+    """All turns of all agents. Yields (agent, new text of its answer), which may be empty, for each of its tokens, and
+    (agent, a call that is over).
 
     When the iteration ends, all of `agent.tokens` are in the cache and nothing after them. Once `stopped`, agents stay
     as far as they are.
@@ -285,8 +287,8 @@ def run_agents(
                 ctx.decode(body)
                 ctx.decode(last)
             for i, agent in enumerate(active):
-                text = agent.take(i - len(active))
-                if text or agent.done:
+                turn, text = agent.turn, agent.take(i - len(active))
+                if turn is agent.final:
                     yield agent, text
         # what an interruption left
         for agent in agents:

@@ -84,6 +84,12 @@ class PlainDisplay:
     def show(self, event: Event) -> None:
         if isinstance(event, BranchDone):
             self._branches[event.branch] = event.result
+        elif isinstance(event, ToolCalled) and event.branch is None:
+            if self._mode is None:
+                self._mode = "cache"
+                self._show_branches()
+                self._write("[answer]\n")
+            self._write(f"{_called(event.call)}\n")
         elif isinstance(event, AnswerToken):
             if self._mode is None:
                 self._show_branches()
@@ -163,8 +169,11 @@ class LiveDisplay:
     def show(self, event: Event) -> None:
         if isinstance(event, BranchToken):
             self._texts[event.branch] += event.text
-        elif isinstance(event, ToolCalled):
+        elif isinstance(event, ToolCalled) and event.branch is not None:
             self._texts[event.branch] += f"{_called(event.call)}\n"
+        elif isinstance(event, ToolCalled):
+            self._end_live()
+            self._console.print(Text(_called(event.call)))
         elif isinstance(event, BranchDone):
             self._results[event.branch] = event.result
             calls = "".join(f"{_called(call)}\n" for call in event.result.calls)

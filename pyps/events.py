@@ -66,11 +66,12 @@ class Timing:
 
 @dataclass(frozen=True)
 class Synthesis:
-    """An answer, and what it took."""
+    """An answer, what it took, and the synthesizer's calls of tools."""
 
     answer: str
     tokens: Tokens
     timing_ms: Timing
+    calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Result:
     timing_ms: Timing
     compare: Synthesis | None = None
     interrupted: bool = False
+    calls: tuple[ToolCall, ...] = ()
     kept: "Branches | None" = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,9 +110,9 @@ class BranchToken:
 
 @dataclass(frozen=True)
 class ToolCalled:
-    """A branch's call of a tool is over."""
+    """A call of a tool is over: a branch's, or the synthesizer's (None)."""
 
-    branch: int
+    branch: int | None
     call: ToolCall
 
 

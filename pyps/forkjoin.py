@@ -9,9 +9,8 @@ from typing import Literal, get_args
 
 import llama_cpp
 
-from pyps import agent
 from pyps.adapter import Adapter
-from pyps.agent import Agent, Limits, instruct, run_agents
+from pyps.agent import Agent, JoinedPart, Limits, instruct, run_agents
 from pyps.branches import Branches, Cached, as_list
 from pyps.context import MAX_SEQUENCES, Context, Span, join, prefers_flash_attn, round_up, split_kv_type
 from pyps.errors import InputError
@@ -62,7 +61,7 @@ class Branch:
     sampling: Sampling | None = None
     tools: tuple[Tool, ...] = ()
     limits: Limits = field(default_factory=Limits)
-    joined: agent.Joined = "final"
+    joined: JoinedPart = "final"
 
 
 class ForkJoin:
@@ -162,6 +161,8 @@ class ForkJoin:
         save: Path | None = None,
         keep: bool = False,
         room: int = 0,
+        tools: Sequence[Tool] = (),
+        limits: Limits | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> Result:
         """`stream` to its end: the result. Same arguments and exceptions."""
@@ -178,6 +179,8 @@ class ForkJoin:
             save=save,
             keep=keep,
             room=room,
+            tools=tools,
+            limits=limits,
             stopped=stopped,
         )
         for event in events:
@@ -200,6 +203,8 @@ class ForkJoin:
         save: Path | None = None,
         keep: bool = False,
         room: int = 0,
+        tools: Sequence[Tool] = (),
+        limits: Limits | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> Iterator[Event]:
         """Run branches and synthesizer, reporting as it goes; the last event is Done.
@@ -219,14 +224,15 @@ class ForkJoin:
             keep: in cache mode, keep the answer's cache: the result's `kept`, to be joined to others, or to go on from
                 (Chat). Close it.
             room: tokens that there should be room for after the answer.
+            tools, limits: what the synthesizer may call before it answers, and how often and how long.
             stopped: asked at every token; once true, the run ends early with what there is.
 
         Raises:
             InputError: something is wrong or does not fit; found before any work is done.
             EngineError: llama.cpp failed.
         """
-        run = _Run(self, task, branches, as_list(join), system, synthesize, sampling, stopped)
-        run.plan_answer(mode, compare, answer, save, keep, room)
+        run = _Run(self, task, branches, as_list(join), system, instruct(synthesize, tools), sampling, stopped)
+        run.plan_answer(mode, compare, answer, save, keep, room, tools, limits or Limits())
         return run.events()
 
     def fork(
@@ -264,7 +270,7 @@ class ForkJoin:
             The n completions of the first prompt, then those of the second, …
 
         Raises:
-            InputError: no prompts, an empty one, or one that does not fit.
+            InputError: a prompt is empty, or does not fit.
             EngineError: llama.cpp failed.
         """
         self.model.check_generates()
@@ -312,7 +318,7 @@ class _Branch:
     sampling: Sampling
     tools: tuple[Tool, ...]
     limits: Limits
-    joined: agent.Joined
+    joined: JoinedPart
 
 
 class _Run:
@@ -352,8 +358,8 @@ class _Run:
             if chosen.seed is None or branch.sampling is None:
                 chosen = replace(chosen, seed=(self.seed + i) % 2**31)
             name = branch.name or f"branch-{len(self.given) + i + 1}"
-            if branch.joined not in get_args(agent.Joined):
-                raise InputError(f"joined must be one of {', '.join(get_args(agent.Joined))}, not {branch.joined!r}")
+            if branch.joined not in get_args(JoinedPart):
+                raise InputError(f"joined must be one of {', '.join(get_args(JoinedPart))}, not {branch.joined!r}")
             tools = tuple(branch.tools)
             self.branches.append(_Branch(branch.prompt, name, chosen, tools, branch.limits, branch.joined))
 
@@ -369,7 +375,15 @@ class _Run:
         self._check({"a branch": (self.branch_cells, self.branch_cells)} if branches else {})
 
     def plan_answer(
-        self, mode: Mode, compare: bool, answer: Sampling | None, save: Path | None, keep: bool, room: int
+        self,
+        mode: Mode,
+        compare: bool,
+        answer: Sampling | None,
+        save: Path | None,
+        keep: bool,
+        room: int,
+        tools: Sequence[Tool],
+        limits: Limits,
     ) -> None:
         """What follows the branches. Raises InputError as `stream` does."""
         if mode not in ("cache", "text"):
@@ -381,6 +395,7 @@ class _Run:
         if mode == "cache" or save:
             self.fj.model.check_joinable()
         self.mode, self.compare, self.save, self.keep = mode, compare, save, keep
+        self.tools, self.limits = tools, limits
         self.answer_sampling = answer or replace(self.sampling, stop=())
         if self.answer_sampling.seed is None:
             self.answer_sampling = replace(self.answer_sampling, seed=self.seed)
@@ -389,12 +404,13 @@ class _Run:
         spans = [r.tokens for r in self.given] + self.spans
         if not 0 <= room < 2**20:
             raise InputError(f"room for {room} tokens is not possible")
-        answer_cells = len(p.synthesizer) + self.answer_sampling.max_tokens + room
+        said = Agent.cells(self.layout, self.answer_sampling, tools, limits)
+        answer_cells = len(p.synthesizer) + said + room
         self.synthesizer_cells = p.branch_point + sum(spans) + answer_cells
         names = [r.name for r in self.given] + [b.name for b in self.branches]
         texts = [r.text for r in self.given] + [""] * len(self.branches)
         pasted = len(p.prefix) + len(self.layout.pasted(names, texts))
-        text_cells = pasted + sum(self.spans) + self.answer_sampling.max_tokens
+        text_cells = pasted + sum(self.spans) + said
         needs = {}
         if mode == "cache":
             # joined spans lie side by side: cells for all of them but positions for the longest
@@ -500,6 +516,7 @@ class _Run:
                 timing_ms=replace(answer.timing_ms, branches=branches_ms, total=total),
                 compare=compare,
                 interrupted=self.stopped(),
+                calls=answer.calls,
                 kept=kept,
             )
         )
@@ -514,15 +531,18 @@ class _Run:
                 Agent(ctx, i, self.layout, prompt, b.sampling, b.tools, b.limits)
                 for i, (b, prompt) in enumerate(branches)
             ]
+            began = last_token
             for found, said in run_agents(ctx, agents, self.stopped):
                 last_token = time.perf_counter()
                 if isinstance(said, ToolCall):
                     yield ToolCalled(first + found.seq, said)
-                    continue
-                yield BranchToken(first + found.seq, said)
-                if found.done:
-                    yield BranchDone(first + found.seq, self._cached_agent(found).result)
-            return [self._cached_agent(x) for x in agents], last_token, 0.0
+                else:
+                    yield BranchToken(first + found.seq, said)
+                    if found.done:
+                        yield BranchDone(first + found.seq, self._cached_agent(found).result)
+                began = time.perf_counter()
+            flush_ms = (time.perf_counter() - began) * 1e3
+            return [self._cached_agent(x) for x in agents], last_token, flush_ms
         generations = [Generation(ctx, i, prompt, b.sampling) for i, (b, prompt) in enumerate(branches)]
         stepper = generate(ctx, generations, self.stopped)
         n_done = 0
@@ -602,20 +622,23 @@ class _Run:
                 joined += join(given.ctx, synthesizer, spans, 0, None if affine is None else affine[of])
         join_ms = (time.perf_counter() - began) * 1e3
         yield Joined(joined, join_ms)
-        answer, g = yield from self._answer(synthesizer, self.prompts.synthesizer, "cache")
+        answer, agent = yield from self._answer(synthesizer, self.prompts.synthesizer, "cache")
         timing = answer.timing_ms
         answer = replace(
             answer,
             tokens=replace(answer.tokens, joined=joined, prefilled=len(self.prompts.synthesizer)),
             timing_ms=replace(timing, join=join_ms, ttft=flush_ms + join_ms + timing.prefill),
         )
-        result = BranchResult("answer", self.task, g.text, len(g.tokens), _finish_reason(g))
-        return answer, Cached(result, 0, ((g.start, g.end),) if g.tokens else (), tuple(g.tokens))
+        lies = agent.spans("final")
+        tokens = agent.tokens_of(lies)
+        result = BranchResult("answer", self.task, answer.answer, len(tokens), _finish_reason(agent.turn), answer.calls)
+        return answer, Cached(result, 0, lies, tokens)
 
     def _in_order(self, n: int) -> bool:
         """Whether spans of n tokens are placed one after the other: if the adapter wants it and the model has positions
         for them. At the branch point there is room for more."""
-        answer = len(self.prompts.synthesizer) + self.answer_sampling.max_tokens
+        said = Agent.cells(self.layout, self.answer_sampling, self.tools, self.limits)
+        answer = len(self.prompts.synthesizer) + said
         fits = self.prompts.branch_point + n + answer <= self.fj.model.n_ctx_train
         return bool(self.fj.adapter and self.fj.adapter.in_order and fits)
 
@@ -627,7 +650,8 @@ class _Run:
         tail = self.layout.pasted([r.name for r in results], [r.text for r in results])
         joinable = not self.fj.model.why_not_joinable
         size = len(prefix) + len(tail)
-        contexts = [self._context(size + self.answer_sampling.max_tokens)]
+        said = Agent.cells(self.layout, self.answer_sampling, self.tools, self.limits)
+        contexts = [self._context(size + said)]
         try:
             reads_long = joinable and len(tail) > _FLASH_ATTN_MIN and not self.fj._flash_attn
             if reads_long:
@@ -654,26 +678,26 @@ class _Run:
             for ctx in contexts:
                 ctx.close()
 
-    def _answer(
-        self, ctx: Context, prompt: list[int], mode: Mode
-    ) -> Generator[Event, None, tuple[Synthesis, Generation]]:
+    def _answer(self, ctx: Context, prompt: list[int], mode: Mode) -> Generator[Event, None, tuple[Synthesis, Agent]]:
         """Prefill the prompt and generate. Of the Synthesis, prefill and total count from here."""
-        generation = Generation(ctx, 0, prompt, self.answer_sampling)
+        agent = Agent(ctx, 0, self.layout, prompt, self.answer_sampling, self.tools, self.limits)
         began = time.perf_counter()
         first = None
-        for _, text in generate(ctx, [generation], self.stopped):
+        for _, said in run_agents(ctx, [agent], self.stopped):
             first = first or time.perf_counter()
-            yield AnswerToken(text, mode)
+            yield ToolCalled(None, said) if isinstance(said, ToolCall) else AnswerToken(said, mode)
         ended = time.perf_counter()
+        spans = agent.spans("final")
         answer = replace(
             _NOTHING,
-            answer=generation.text,
-            tokens=replace(_NOTHING.tokens, generated=len(generation.tokens)),
+            answer=agent.turn.text if spans else "",
+            tokens=replace(_NOTHING.tokens, generated=len(agent.tokens_of(spans))),
             timing_ms=replace(
                 _NOTHING.timing_ms, prefill=((first or ended) - began) * 1e3, total=(ended - began) * 1e3
             ),
+            calls=tuple(agent.calls),
         )
-        return answer, generation
+        return answer, agent
 
 
 def _finish_reason(g: Generation) -> Literal["stop", "length"]:

@@ -14,7 +14,7 @@ A step's answer is {{ options }} for the steps after it, and with `join` its cac
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ import yaml
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pyps.agent import Joined, Limits
+from pyps.agent import JoinedPart, Limits
 from pyps.branches import Branches
 from pyps.context import MAX_SEQUENCES
 from pyps.errors import InputError
@@ -85,6 +85,9 @@ class LimitOptions(_Strict):
     seconds: float | None = None
     result_tokens: int | None = None
 
+    def limits(self) -> Limits:
+        return Limits(**self.model_dump(exclude_none=True))
+
 
 class ToolSpec(_Strict):
     """Tools of one kind: "calculator"; files: a folder to list, read and search; sql: an SQLite file to read; mcp: the
@@ -118,7 +121,7 @@ class BranchSpec(_Strict):
     sampling: SamplingOptions = SamplingOptions()
     tools: list[ToolSpec] = []
     limits: LimitOptions = LimitOptions()
-    joined: Joined = "final"
+    joined: JoinedPart = "final"
 
     @model_validator(mode="before")
     @classmethod
@@ -141,6 +144,7 @@ class Step(_Strict):
         branches: what runs in parallel.
         join: earlier steps whose answers are joined, before the branches.
         sampling: of the branches; answer: of the answer, over that.
+        tools, limits: of the synthesizer, before it answers.
         json_schema (in the file: schema): what the answer must look like, as JSON.
     """
 
@@ -153,6 +157,8 @@ class Step(_Strict):
     synthesize: str = DEFAULT_SYNTHESIZE
     sampling: SamplingOptions = SamplingOptions()
     answer: SamplingOptions = SamplingOptions()
+    tools: list[ToolSpec] = []
+    limits: LimitOptions = LimitOptions()
     json_schema: dict[str, Any] | None = Field(None, alias="schema")
 
 
@@ -333,6 +339,8 @@ def run_workflow(
                     sampling=of_step,
                     answer=_answer_sampling(step, of_step),
                     keep=step.name in later[i],
+                    tools=tools.all_of(step.tools, render),
+                    limits=step.limits.limits(),
                     stopped=stopped,
                 )
             except InputError as error:
@@ -359,8 +367,14 @@ class _Tools:
         self.folder = folder
         self._servers: dict[tuple[str, ...], Any] = {}
 
-    def of(self, spec: ToolSpec, render: Callable[..., str]) -> list[Tool]:
+    def all_of(self, specs: Sequence[ToolSpec], render: Callable[..., str]) -> tuple[Tool, ...]:
         """Raises InputError."""
+        found = tuple(t for spec in specs for t in self._of(spec, render))
+        if len({t.name for t in found}) < len(found):
+            raise InputError("tools: two of them have one name")
+        return found
+
+    def _of(self, spec: ToolSpec, render: Callable[..., str]) -> list[Tool]:
         if spec.files is not None:
             return file_tools(self.folder / Path(render(spec.files)).expanduser())
         if spec.sql is not None:
@@ -391,10 +405,7 @@ def _expand(
     spec: BranchSpec, render: Callable[..., str], values: dict[str, Value], sampling: Sampling, tools: _Tools
 ) -> Iterator[Branch]:
     """The branches that a spec stands for. Raises InputError."""
-    limits = Limits(**spec.limits.model_dump(exclude_none=True))
-    given_tools = tuple(t for tool_spec in spec.tools for t in tools.of(tool_spec, render))
-    if len({t.name for t in given_tools}) < len(given_tools):
-        raise InputError("tools: two of them have one name")
+    limits, given_tools = spec.limits.limits(), tools.all_of(spec.tools, render)
     sampled = spec.sampling.over(sampling)
     chosen = None if sampled == sampling else sampled
     items: list[Any] = [None]

@@ -244,3 +244,22 @@ def test_generation_still_needs_no_tools(tiny_path: Path) -> None:
     with ForkJoin.from_pretrained(str(tiny_path)) as fj, Context(fj.model, 256) as ctx:
         g = Generation(ctx, 0, [1, 2, 3], GREEDY)
         assert [text for _, text in generate(ctx, [g])]
+
+
+def test_the_synthesizer_calls_too(smollm2_path: Path) -> None:
+    """In front of the joined caches; and again from the texts."""
+    with ForkJoin.from_pretrained(str(smollm2_path)) as fj:
+        options = {"sampling": GREEDY, "tools": [toss], "limits": ONE_CALL}
+        events = list(fj.stream(TASK, ["a", "b"], compare=True, **options))  # type: ignore[arg-type]
+        result: Result = events[-1].result  # type: ignore[union-attr]
+        assert [c.result for c in result.calls] == ["heads"]
+        assert result.compare is not None
+        assert [c.result for c in result.compare.calls] == ["heads"]
+        assert [e.branch for e in events if isinstance(e, ToolCalled)] == [None, None]
+        assert result.answer
+        kept = fj.run(TASK, ["a", "b"], keep=True, **options).kept  # type: ignore[arg-type]
+        assert kept is not None
+        assert kept.results[0].text == result.answer
+        ((start, end),) = kept.cached[0].spans
+        assert end - start == len(kept.cached[0].tokens)
+        kept.close()

@@ -1,5 +1,6 @@
 """What the pages in docs/ say can be typed is typed here."""
 
+import os
 import re
 import shlex
 import sqlite3
@@ -8,27 +9,44 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import write_adapter, write_model
 
+from pyps.models import find_model
 from pyps.workflow import Step, read_workflow
 
 DOCS = Path(__file__).parent.parent / "docs"
-# the others' commands measure or train for long, or need what is not there; their tests are their own
-PAGES = ("run", "workflows")
+# page -> what makes its commands short. Those of train.md and convert.md are run by test_train.py and test_convert.py
+PAGES = {
+    "run": " --max-tokens 16 --temperature 0",
+    "workflows": " --max-tokens 16 --temperature 0",
+    "doctor": "",
+    "eval": " --limit 1 --max-tokens 8",
+    "bench": " --branches 2 --tokens 8 --prompt 4 --task 4 --repeat 1",
+}
 TEXTS = {page: (DOCS / f"{page}.md").read_text(encoding="utf-8") for page in PAGES}
 BLOCKS = [(page, *b) for page, text in TEXTS.items() for b in re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL)]
-LIMIT = " --max-tokens 16 --temperature 0"
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands(page: str, tmp_path: Path) -> None:
     """One after the other, in one folder: later ones use what earlier ones wrote."""
+    tiny = write_model(tmp_path / "model.gguf")
+    write_adapter(tmp_path / "adapter.gguf")
+    (tmp_path / "my-examples.jsonl").write_text('{"task": "Why?", "branches": [{"text": "So."}, {"text": "No."}]}\n')
+    # what doctor measures now, while other things run, is not for keeps
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "models").symlink_to(find_model("smollm2").parent)
+    environment = os.environ | ({"PYPS_CACHE": str(tmp_path / "cache")} if page == "doctor" else {})
     found = [text for p, language, text in BLOCKS if p == page and language == "sh"]
     assert found
     for line in "".join(found).splitlines():
         line = line.replace("pyps ", f"{shlex.quote(sys.executable)} -m pyps.cli ", 1)
-        if " run " in line and "--list" not in line:
-            line += LIMIT
-        done = subprocess.run(line, shell=True, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+        line = re.sub(r" +#.*", "", line).replace("--shape 1b", f"--model {tiny}")  # that one needs a gigabyte
+        if f"pyps.cli {page} " in f"{line} " or (" run " in line and "--list" not in line):
+            line += PAGES[page]
+        done = subprocess.run(
+            line, shell=True, capture_output=True, text=True, cwd=tmp_path, timeout=300, env=environment
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
 
@@ -45,7 +63,7 @@ def test_workflow(tmp_path: Path) -> None:
     sqlite3.connect(tmp_path / "shop.sqlite").execute("CREATE TABLE orders (id)").connection.close()
     for text in (whole, f"steps:\n- name: a\n  task: Look.\n  {part.strip().replace(chr(10), chr(10) + '  ')}\n"):
         (tmp_path / "w.yaml").write_text(text)
-        command = [sys.executable, "-m", "pyps.cli", "run", "w.yaml", *LIMIT.split()]
+        command = [sys.executable, "-m", "pyps.cli", "run", "w.yaml", *PAGES["workflows"].split()]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
         assert done.returncode == 0, done.stderr
 
