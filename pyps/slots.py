@@ -207,6 +207,8 @@ def read_slots(path: Path) -> Slots:
                 k, v = array(f"blk.{i}.k", types[0]), array(f"blk.{i}.v", types[1])
                 if k.ndim != 2 or v.ndim != 2:
                     raise InputError(f"K and V of layer {i} should have two dimensions")
+                if not (_plausible(k, types[0]) and _plausible(v, types[1])):
+                    raise InputError(f"K or V of layer {i} has values that no model computes")
                 layers.append((k, v))
         if tensors:
             raise InputError(f"{', '.join(sorted(tensors)[:3])}: tensors that do not belong there")
@@ -273,6 +275,26 @@ def load_slots(slots: Slots, model: Model, threads: int | None = None) -> Branch
         ctx.close()
         raise
     return Branches(ctx, cached)
+
+
+# Of the number that carries the magnitude: its size, which bits are its exponent, and from where on they mean 2^15 or
+# more, infinity, or no number. Of quantised types that is the scale of a block; there from 2^8 on.
+_LARGE: dict[gguf.GGMLQuantizationType, tuple[type, int, int]] = {
+    gguf.GGMLQuantizationType.F16: (np.uint16, 0x7C00, 0x7800),
+    gguf.GGMLQuantizationType.BF16: (np.uint16, 0x7F80, 0x4700),
+    gguf.GGMLQuantizationType.F32: (np.uint32, 0x7F800000, 0x47000000),
+    gguf.GGMLQuantizationType.Q8_0: (np.uint16, 0x7C00, 0x5C00),
+    gguf.GGMLQuantizationType.Q4_0: (np.uint16, 0x7C00, 0x5C00),
+}
+
+
+def _plausible(rows: NDArray[Any], type_: gguf.GGMLQuantizationType) -> bool:
+    """False if there is anything that could become infinite, or no number, on its way through a join."""
+    unsigned, exponent, large = _LARGE[type_]
+    values = rows.view(np.uint8)
+    if type_ in (gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_0):
+        values = np.ascontiguousarray(values.reshape(-1, gguf.GGML_QUANT_SIZES[type_][1])[:, :2])
+    return bool((values.view(unsigned) & exponent).max() < large)
 
 
 def _spans(positions: list[int]) -> tuple[tuple[int, int], ...]:

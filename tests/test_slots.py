@@ -178,6 +178,26 @@ def test_a_full_disk_leaves_no_file(tmp_path: Path, tiny_path: Path) -> None:
     assert not list(tmp_path.glob("x.pyps*"))
 
 
+@pytest.mark.parametrize("kv_type", ["f16", "bf16", "f32", "q8_0", "q4_0"])
+def test_values_that_no_model_computes(tmp_path: Path, kv_type: str) -> None:
+    """llama.cpp's samplers are not made for logits that are no numbers."""
+    path = tmp_path / "x.pyps"
+    model = write_model(tmp_path / "m.gguf", head_dim=64)
+    with ForkJoin.from_pretrained(str(model), kv_type=kv_type) as fj:
+        fj.run(TASK, ["a"], sampling=LONG, save=path)
+    good = path.read_bytes()
+    row = read_slots(path).layers[1][0][3].tobytes()
+    at = good.index(row)
+    size = 4 if kv_type == "f32" else 2  # of quantised rows it is the first block's scale
+    values = {"f16": ("7e00", "7c00", "fc00", "7bff"), "bf16": ("7fc0", "ff80", "47ff")}
+    for bits in values.get(kv_type, ("7fc00000", "ff800000", "47ffffff") if kv_type == "f32" else values["f16"]):
+        body = bytearray(good[:-32])
+        body[at : at + size] = bytes.fromhex(bits)[::-1]
+        path.write_bytes(bytes(body) + hashlib.sha256(body).digest())
+        with pytest.raises(InputError, match="that no model computes"):
+            read_slots(path)
+
+
 def _damaged(data: bytes, rng: random.Random) -> bytes:
     """Bits turned, bytes set, cut off, or doubled; mostly where the names, types and sizes are."""
     head = data.find(b"blk.0.k") + 600
