@@ -53,13 +53,13 @@ def test_it_is_better_than_none() -> None:
     """Two examples of each family of the built-in suite; all of it is in models/README.md."""
     found = json.loads(pyps("eval", "--limit", "2", "--json").stdout)
     modes = found["modes"]
-    assert modes["cache, adapter"]["kl"] < 0.6 * modes["cache"]["kl"]
+    assert modes["cache, adapter"]["kl"] < 0.8 * modes["cache"]["kl"]
     assert modes["cache, adapter"]["accuracy"] > modes["cache"]["accuracy"]
 
 
 def test_how_it_was_made() -> None:
     """The config beside it is one that this version reads, and the card says what `pyps eval` found."""
-    config = MODELS / "smollm2-135m-instruct-2.yaml"
-    assert read_config(config).layout == "shared" and yaml.safe_load(config.read_text())["base"] == "smollm2"
+    for config in (MODELS / f"smollm2-135m-instruct-{n}.yaml" for n in (1, 2)):
+        assert read_config(config).layout == "shared" and yaml.safe_load(config.read_text())["base"] == "smollm2"
     card = (MODELS / "README.md").read_text()
     assert "make adapter" in card and "pyps eval" in card
