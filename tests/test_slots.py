@@ -240,7 +240,7 @@ def test_ten_thousand_damaged_files(tmp_path: Path) -> None:
             except InputError:
                 refused += 1
     assert refused > 5_000
-    assert loaded > 1_000
+    assert loaded > 300
 
 
 def test_the_command_line(tmp_path: Path, tiny_path: Path) -> None:
