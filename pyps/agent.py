@@ -1,6 +1,6 @@
 """Branches that call tools. Each turn is a generation: first choices, JSON that a grammar keeps right, then the answer.
 
-    prompt, tools | {"tool": "sql", "arguments": …} | result | {"tool": "answer"} | "Give your answer." | answer
+    prompt, tools | {"tool": "sql", "arguments": …} | result | {"tool": "answer"} | "Give your answer, …" | answer
 
 Branches take their turns in one batch. While a call runs, on a thread, its branch is left out and the others decode.
 """
@@ -85,14 +85,14 @@ class Agent:
     """
 
     def __init__(
-        self, ctx: Context, seq: int, layout: Layout, prompt: list[int], sampling: Sampling, tools: Sequence[Tool],
-        limits: Limits,
+        self, ctx: Context, seq: int, layout: Layout, asked: str, prompt: list[int], sampling: Sampling,
+        tools: Sequence[Tool], limits: Limits,
     ) -> None:  # fmt: skip
         self.seq, self.done = seq, False
         self.calls: list[ToolCall] = []
         self.turns: list[Generation] = []
         self.tokens: list[int] = []  # everything after the prompt
-        self._ctx, self._layout, self._sampling, self._limits = ctx, layout, sampling, limits
+        self._ctx, self._layout, self._asked, self._sampling, self._limits = ctx, layout, asked, sampling, limits
         self._tools = {t.name: t for t in tools}
         self._sampler: Sampler | None = None
         self._call: _Call | None = None
@@ -102,13 +102,13 @@ class Agent:
         self._begin(prompt, final=not tools or limits.max_calls == 0)
 
     @staticmethod
-    def cells(layout: Layout, sampling: Sampling, tools: Sequence[Tool], limits: Limits) -> int:
+    def cells(layout: Layout, asked: str, sampling: Sampling, tools: Sequence[Tool], limits: Limits) -> int:
         """Most that are needed after the prompt."""
         if not tools:
             return sampling.max_tokens
-        asked = len(layout.follow_up(_after_result("x" * 64, "", True))) + _SLACK
-        a_call = _CALL_TOKENS + limits.result_tokens + asked
-        return limits.max_calls * a_call + _CALL_TOKENS + asked + sampling.max_tokens
+        said = len(layout.follow_up(_after_result("x" * 64, "", asked))) + _SLACK
+        a_call = _CALL_TOKENS + limits.result_tokens + said
+        return limits.max_calls * a_call + _CALL_TOKENS + said + sampling.max_tokens
 
     def spans(self, joined: JoinedPart) -> tuple[tuple[int, int], ...]:
         """What of it is joined: positions [start, end)."""
@@ -185,7 +185,7 @@ class Agent:
             name = re.search(r'"tool"\s*:\s*"([^"]*)"', text)  # it was cut at its limit
             choice = {"tool": name[1] if name else "", "arguments": text}
         if choice["tool"] == ANSWER:
-            self._begin(self._layout.follow_up("Give your answer."), final=True)
+            self._begin(self._layout.follow_up(_answer(self._asked)), final=True)
         else:
             self._call = _Call(choice["tool"], choice.get("arguments"), self._tools, self._limits)
 
@@ -198,7 +198,8 @@ class Agent:
         self.calls.append(found)
         last = len(self.calls) >= self._limits.max_calls
         result = self._cut(found.result)
-        self._begin(self._layout.follow_up(_after_result(found.name, result, last)), final=last)
+        asked = self._asked if last else None
+        self._begin(self._layout.follow_up(_after_result(found.name, result, asked)), final=last)
         return found
 
     def _cut(self, text: str) -> str:
@@ -219,8 +220,14 @@ class Agent:
         self._sampler = None
 
 
-def _after_result(name: str, result: str, last: bool) -> str:
-    return f"{name} says:\n{result}\n\n" + ("Give your answer." if last else "Use a tool again, or answer.")
+def _after_result(name: str, result: str, asked: str | None) -> str:
+    """asked: for the answer, or None while calls may follow."""
+    return f"{name} says:\n{result}\n\n" + ("Use a tool again, or answer." if asked is None else _answer(asked))
+
+
+def _answer(asked: str) -> str:
+    # small models go on in JSON, and forget what they were asked
+    return f"Give your answer, in plain words. {asked}".strip()
 
 
 class _Call:

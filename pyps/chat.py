@@ -43,9 +43,9 @@ class Chat:
         sampling = sampling or Sampling()
         ctx = self._kept.ctx
         prompt = self._layout.follow_up(instruct(text, self._tools))
-        most = len(prompt) + Agent.cells(self._layout, sampling, self._tools, self._limits)
+        most = len(prompt) + Agent.cells(self._layout, text, sampling, self._tools, self._limits)
         if most > self.room:
             raise InputError(f"this may need {most:,} tokens, and there is room for {self.room:,}: the chat is full")
-        agent = Agent(ctx, 0, self._layout, prompt, sampling, self._tools, self._limits)
+        agent = Agent(ctx, 0, self._layout, text, prompt, sampling, self._tools, self._limits)
         for _, said in run_agents(ctx, [agent], stopped):
             yield said

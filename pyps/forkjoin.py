@@ -231,8 +231,8 @@ class ForkJoin:
             InputError: something is wrong or does not fit; found before any work is done.
             EngineError: llama.cpp failed.
         """
-        run = _Run(self, task, branches, as_list(join), system, instruct(synthesize, tools), sampling, stopped)
-        run.plan_answer(mode, compare, answer, save, keep, room, tools, limits or Limits())
+        run = _Run(self, task, branches, as_list(join), system, synthesize, sampling, stopped, tools)
+        run.plan_answer(mode, compare, answer, save, keep, room, limits or Limits())
         return run.events()
 
     def fork(
@@ -336,6 +336,7 @@ class _Run:
         synthesize: str,
         sampling: Sampling | None,
         stopped: Callable[[], bool],
+        tools: Sequence[Tool] = (),
     ) -> None:
         n_branches = len(branches) + sum(map(len, join))
         if not n_branches:
@@ -360,12 +361,14 @@ class _Run:
             name = branch.name or f"branch-{len(self.given) + i + 1}"
             if branch.joined not in get_args(JoinedPart):
                 raise InputError(f"joined must be one of {', '.join(get_args(JoinedPart))}, not {branch.joined!r}")
-            tools = tuple(branch.tools)
-            self.branches.append(_Branch(branch.prompt, name, chosen, tools, branch.limits, branch.joined))
+            self.branches.append(
+                _Branch(branch.prompt, name, chosen, tuple(branch.tools), branch.limits, branch.joined)
+            )
 
-        self.layout = Layout(fj.model, fj.layout, task, system, synthesize)
+        self.synthesize, self.tools = synthesize, tools
+        self.layout = Layout(fj.model, fj.layout, task, system, instruct(synthesize, tools))
         self.prompts: Prompts = self.layout.prompts([instruct(b.prompt, b.tools) for b in self.branches])
-        needs = [Agent.cells(self.layout, b.sampling, b.tools, b.limits) for b in self.branches]
+        needs = [Agent.cells(self.layout, b.prompt, b.sampling, b.tools, b.limits) for b in self.branches]
         longest = max((len(prompt) + n for prompt, n in zip(self.prompts.branches, needs, strict=True)), default=1)
         # of those, what the synthesizer may get
         self.spans = [
@@ -382,7 +385,6 @@ class _Run:
         save: Path | None,
         keep: bool,
         room: int,
-        tools: Sequence[Tool],
         limits: Limits,
     ) -> None:
         """What follows the branches. Raises InputError as `stream` does."""
@@ -395,7 +397,7 @@ class _Run:
         if mode == "cache" or save:
             self.fj.model.check_joinable()
         self.mode, self.compare, self.save, self.keep = mode, compare, save, keep
-        self.tools, self.limits = tools, limits
+        self.limits = limits
         self.answer_sampling = answer or replace(self.sampling, stop=())
         if self.answer_sampling.seed is None:
             self.answer_sampling = replace(self.answer_sampling, seed=self.seed)
@@ -404,7 +406,7 @@ class _Run:
         spans = [r.tokens for r in self.given] + self.spans
         if not 0 <= room < 2**20:
             raise InputError(f"room for {room} tokens is not possible")
-        said = Agent.cells(self.layout, self.answer_sampling, tools, limits)
+        said = Agent.cells(self.layout, self.synthesize, self.answer_sampling, self.tools, limits)
         answer_cells = len(p.synthesizer) + said + room
         self.synthesizer_cells = p.branch_point + sum(spans) + answer_cells
         names = [r.name for r in self.given] + [b.name for b in self.branches]
@@ -528,7 +530,7 @@ class _Run:
         branches = list(zip(self.branches, self.prompts.branches, strict=True))
         if any(b.tools for b in self.branches):
             agents = [
-                Agent(ctx, i, self.layout, prompt, b.sampling, b.tools, b.limits)
+                Agent(ctx, i, self.layout, b.prompt, prompt, b.sampling, b.tools, b.limits)
                 for i, (b, prompt) in enumerate(branches)
             ]
             began = last_token
@@ -637,7 +639,7 @@ class _Run:
     def _in_order(self, n: int) -> bool:
         """Whether spans of n tokens are placed one after the other: if the adapter wants it and the model has positions
         for them. At the branch point there is room for more."""
-        said = Agent.cells(self.layout, self.answer_sampling, self.tools, self.limits)
+        said = Agent.cells(self.layout, self.synthesize, self.answer_sampling, self.tools, self.limits)
         answer = len(self.prompts.synthesizer) + said
         fits = self.prompts.branch_point + n + answer <= self.fj.model.n_ctx_train
         return bool(self.fj.adapter and self.fj.adapter.in_order and fits)
@@ -650,7 +652,7 @@ class _Run:
         tail = self.layout.pasted([r.name for r in results], [r.text for r in results])
         joinable = not self.fj.model.why_not_joinable
         size = len(prefix) + len(tail)
-        said = Agent.cells(self.layout, self.answer_sampling, self.tools, self.limits)
+        said = Agent.cells(self.layout, self.synthesize, self.answer_sampling, self.tools, self.limits)
         contexts = [self._context(size + said)]
         try:
             reads_long = joinable and len(tail) > _FLASH_ATTN_MIN and not self.fj._flash_attn
@@ -680,7 +682,7 @@ class _Run:
 
     def _answer(self, ctx: Context, prompt: list[int], mode: Mode) -> Generator[Event, None, tuple[Synthesis, Agent]]:
         """Prefill the prompt and generate. Of the Synthesis, prefill and total count from here."""
-        agent = Agent(ctx, 0, self.layout, prompt, self.answer_sampling, self.tools, self.limits)
+        agent = Agent(ctx, 0, self.layout, self.synthesize, prompt, self.answer_sampling, self.tools, self.limits)
         began = time.perf_counter()
         first = None
         for _, said in run_agents(ctx, [agent], self.stopped):

@@ -16,7 +16,7 @@ import operator
 import re
 import sqlite3
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ ANSWER = "answer"  # what a branch "calls" when it has called enough
 
 _MAX_LISTED = 200  # files, and matching lines
 _MAX_ROWS = 100
+_MAX_DESCRIBED = 1000  # characters of tables and columns in a description
 _MAX_FILE = 1 << 20  # bytes that are read of a file
 
 
@@ -136,7 +137,8 @@ def file_tools(root: Path) -> list[Tool]:
 
 
 def sql_tools(database: Path, seconds: float = 5.0) -> list[Tool]:
-    """sql and tables, on an SQLite file that they cannot change. Raises InputError if it is none."""
+    """sql and tables, on an SQLite file that they cannot change; what sql is described by names the tables. Raises
+    InputError if it is none."""
     database = Path(database)
     if not database.is_file():
         raise InputError(f"there is no database {database}")
@@ -169,10 +171,13 @@ def sql_tools(database: Path, seconds: float = 5.0) -> list[Tool]:
         return rows_of("SELECT sql AS tables FROM sqlite_master WHERE type IN ('table', 'view') AND sql IS NOT NULL")
 
     try:
-        tables()
+        there = tables().splitlines()[1:]
     except sqlite3.Error as error:
         raise InputError(f"{database}: no SQLite database: {error}") from None
-    return [tool(sql), tool(tables)]
+    run = tool(sql)
+    # so that a model need not ask, or guess, first
+    named = " ".join(" ".join(there).split())[:_MAX_DESCRIBED]
+    return [replace(run, description=f"{run.description} The database: {named or 'no tables'}"), tool(tables)]
 
 
 # what a statement may do; everything else, ATTACH and PRAGMA among it, is denied

@@ -128,7 +128,7 @@ def test_what_is_joined(tiny_path: Path, joined: str) -> None:
         (call,) = cached.result.calls
         assert call.name == "capital"
         assert ('"capital"' in cached.result.text) == (joined != "final")
-        assert ("Give your answer." in cached.result.text) == (joined == "everything")
+        assert ("Give your answer, in plain words." in cached.result.text) == (joined == "everything")
         # every token is where it is said to be: the same keys as when the whole sequence is read at once
         layout = Layout(fj.model, fj.layout, TASK, None, "")
         prompt = layout.prompts([instruct("Go", [capital])])

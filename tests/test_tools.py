@@ -111,6 +111,10 @@ def database(tmp_path: Path) -> Path:
 def test_sql_reads(database: Path) -> None:
     tools = sql_tools(database)
     assert named(tools, "sql").call(query="SELECT * FROM people ORDER BY name") == "name | age\nAnna | 30\nBo | "
+    assert (
+        named(tools, "sql").description
+        == "The rows of a SELECT. The database: CREATE TABLE people (name TEXT, age INTEGER)"
+    )
     assert "CREATE TABLE people" in named(tools, "tables").call()
     assert named(tools, "sql").call(query="WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n LIMIT 200) "
                                     "SELECT i FROM n").endswith("\n…")  # fmt: skip

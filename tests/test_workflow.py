@@ -69,7 +69,7 @@ def test_each_example(things: Path, name: str, values: dict[str, str], branches:
         calls = [call for b in last["branches"] for call in b["calls"]]
         assert len(calls) >= 5
         assert {call["name"] for call in calls} <= {"sql", "tables", ""}
-        assert any("CREATE TABLE orders" in call["result"] for call in calls) or any(c["failed"] for c in calls)
+        assert any(not call["failed"] for call in calls), "the tables are named where the tool is described"
 
 
 def test_plain_output(things: Path) -> None:
