@@ -9,16 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_convert import save, trained
 from tiny import write_adapter, write_model
 
+from pyps.convert.convert import to_gguf
 from pyps.models import find_model
 from pyps.workflow import Step, read_workflow
 
 DOCS = Path(__file__).parent.parent / "docs"
-# page -> what makes its commands short. Those of train.md and convert.md are run by test_train.py and test_convert.py
+# page -> what makes its commands short. Those of train.md are run by test_train.py, those of convert.md below
 PAGES = {
     "run": " --max-tokens 16 --temperature 0",
     "workflows": " --max-tokens 16 --temperature 0",
+    "slots": " --max-tokens 16 --temperature 0",
+    "data": "",
     "doctor": "",
     "eval": " --limit 1 --max-tokens 8",
     "bench": " --branches 2 --tokens 8 --prompt 4 --task 4 --repeat 1",
@@ -41,14 +45,35 @@ def test_commands(page: str, tmp_path: Path) -> None:
     assert found
     for line in "".join(found).splitlines():
         line = line.replace("pyps ", f"{shlex.quote(sys.executable)} -m pyps.cli ", 1)
-        line = re.sub(r" +#.*", "", line).replace("--shape 1b", f"--model {tiny}")  # that one needs a gigabyte
-        if f"pyps.cli {page} " in f"{line} " or (" run " in line and "--list" not in line):
+        line = re.sub(r" {2,}#.*", "", line).replace("--shape 1b", f"--model {tiny}")  # that one needs a gigabyte
+        command = page if page in ("eval", "bench") else "run"
+        if f"pyps.cli {command} " in f"{line} " and "--list" not in line:
             line += PAGES[page]
         done = subprocess.run(
             line, shell=True, capture_output=True, text=True, cwd=tmp_path, timeout=300, env=environment
         )
         assert done.returncode == 0, done.stderr
-        assert done.stdout.strip()
+        assert done.stdout.strip() or line.startswith("echo")
+
+
+def test_conversions(tmp_path: Path) -> None:
+    """Each in a folder of its own, on a small model of the architecture."""
+    text = (DOCS / "convert.md").read_text(encoding="utf-8")
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    assert len(commands) == 3
+    for i, command in enumerate(commands):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        path, synthesis = trained(folder, "qwen3")
+        for name in ("qwen3-14b-q4_k_m.gguf", "base.gguf"):
+            (folder / name).symlink_to(path)
+        for name in set(re.findall(r"step-\d+|checkpoint(?= --base)", command)):
+            save(folder / name, synthesis)
+        if "convert adapter.gguf" in command:
+            to_gguf([save(folder / "c", synthesis)], folder / "adapter.gguf", path, layout="paper", type="f16")
+        arguments = [sys.executable, "-m", "pyps.cli", *shlex.split(command)[1:]]
+        done = subprocess.run(arguments, capture_output=True, text=True, cwd=folder, timeout=300)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("page", "program"), [(p, text) for p, language, text in BLOCKS if language == "python"])
