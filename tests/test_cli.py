@@ -132,6 +132,8 @@ def test_on_a_terminal() -> None:
         if not data:
             break
         screen += data.decode("utf-8", "replace")
+    else:
+        os.kill(pid, signal.SIGKILL)  # or it would wait for somebody to read, and this for its end
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert "\x1b[" in screen
     titles = [line for line in screen.splitlines() if "Argue for SQLite." in line and "Argue for PostgreSQL." in line]
