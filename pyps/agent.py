@@ -17,8 +17,9 @@ from typing import Any, Literal
 from pyps.context import Context, Token
 from pyps.errors import InputError
 from pyps.events import ToolCall
-from pyps.generate import Generation
-from pyps.layout import Layout
+from pyps.generate import Generation, feed
+from pyps.layout import follow_up
+from pyps.model import Model
 from pyps.sampling import Sampler, Sampling
 from pyps.tools import ANSWER, Tool, explain
 
@@ -85,14 +86,14 @@ class Agent:
     """
 
     def __init__(
-        self, ctx: Context, seq: int, layout: Layout, asked: str, prompt: list[int], sampling: Sampling,
+        self, ctx: Context, seq: int, asked: str, prompt: list[int], sampling: Sampling,
         tools: Sequence[Tool], limits: Limits,
     ) -> None:  # fmt: skip
         self.seq, self.done = seq, False
         self.calls: list[ToolCall] = []
         self.turns: list[Generation] = []
         self.tokens: list[int] = []  # everything after the prompt
-        self._ctx, self._layout, self._asked, self._sampling, self._limits = ctx, layout, asked, sampling, limits
+        self._ctx, self._asked, self._sampling, self._limits = ctx, asked, sampling, limits
         self._tools = {t.name: t for t in tools}
         self._sampler: Sampler | None = None
         self._call: _Call | None = None
@@ -102,11 +103,11 @@ class Agent:
         self._begin(prompt, final=not tools or limits.max_calls == 0)
 
     @staticmethod
-    def cells(layout: Layout, asked: str, sampling: Sampling, tools: Sequence[Tool], limits: Limits) -> int:
+    def cells(model: Model, asked: str, sampling: Sampling, tools: Sequence[Tool], limits: Limits) -> int:
         """Most that are needed after the prompt."""
         if not tools:
             return sampling.max_tokens
-        said = len(layout.follow_up(_after_result("x" * 64, "", asked))) + _SLACK
+        said = len(follow_up(model, _after_result("x" * 64, "", asked))) + _SLACK
         a_call = _CALL_TOKENS + limits.result_tokens + said
         return limits.max_calls * a_call + _CALL_TOKENS + said + sampling.max_tokens
 
@@ -122,17 +123,17 @@ class Agent:
         return tuple(t for a, b in spans for t in self.tokens[a - self._start : b - self._start])
 
     @property
+    def answer(self) -> str:
+        """Its text, as far as it has come."""
+        return self.final.text if self.final else ""
+
+    @property
     def turn(self) -> Generation:
         return self.turns[-1]
 
     @property
     def waiting(self) -> bool:
         return self._call is not None
-
-    @property
-    def pos(self) -> int:
-        """Where `feed` begins."""
-        return self._ctx.end(self.seq)
 
     def _begin(self, prompt: list[int], final: bool) -> None:
         sampling = self._sampling
@@ -185,7 +186,7 @@ class Agent:
             name = re.search(r'"tool"\s*:\s*"([^"]*)"', text)  # it was cut at its limit
             choice = {"tool": name[1] if name else "", "arguments": text}
         if choice["tool"] == ANSWER:
-            self._begin(self._layout.follow_up(_answer(self._asked)), final=True)
+            self._begin(follow_up(self._ctx.model, _answer(self._asked)), final=True)
         else:
             self._call = _Call(choice["tool"], choice.get("arguments"), self._tools, self._limits)
 
@@ -199,7 +200,7 @@ class Agent:
         last = len(self.calls) >= self._limits.max_calls
         result = self._cut(found.result)
         asked = self._asked if last else None
-        self._begin(self._layout.follow_up(_after_result(found.name, result, asked)), final=last)
+        self._begin(follow_up(self._ctx.model, _after_result(found.name, result, asked)), final=last)
         return found
 
     def _cut(self, text: str) -> str:
@@ -212,7 +213,8 @@ class Agent:
     def flush(self) -> list[Token]:
         """Tokens that nobody samples after, but whose K and V belong to the span."""
         left, self.feed, self._carry = self.feed or self._carry, [], []
-        return [Token(t, self.pos + i, self.seq) for i, t in enumerate(left)]
+        start = self._ctx.end(self.seq)
+        return [Token(t, start + i, self.seq) for i, t in enumerate(left)]
 
     def close(self) -> None:
         if self._sampler:
@@ -285,14 +287,7 @@ def run_agents(
                     break
                 time.sleep(0.005)
                 continue
-            places = {agent: agent.pos for agent in active}
-            body = [Token(t, places[a] + i, a.seq) for a in active for i, t in enumerate(a.feed[:-1])]
-            last = [Token(a.feed[-1], places[a] + len(a.feed) - 1, a.seq, logits=True) for a in active]
-            if len(body) + len(last) <= ctx.n_batch:
-                ctx.decode(body + last)
-            else:
-                ctx.decode(body)
-                ctx.decode(last)
+            feed(ctx, [(agent.seq, agent.feed) for agent in active])
             for i, agent in enumerate(active):
                 turn, text = agent.turn, agent.take(i - len(active))
                 if turn is agent.final:

@@ -7,7 +7,7 @@ from pyps.branches import Branches
 from pyps.errors import InputError
 from pyps.events import ToolCall
 from pyps.forkjoin import ForkJoin
-from pyps.layout import Layout
+from pyps.layout import follow_up
 from pyps.sampling import Sampling
 from pyps.tools import Tool
 
@@ -23,7 +23,7 @@ class Chat:
 
     def __init__(self, fj: ForkJoin, kept: Branches, tools: Sequence[Tool] = (), limits: Limits | None = None) -> None:
         self._kept, self._tools, self._limits = kept, tuple(tools), limits or Limits()
-        self._layout = Layout(fj.model, fj.layout, "chat", None, "")
+        self._model = fj.model
 
     @property
     def room(self) -> int:
@@ -42,10 +42,10 @@ class Chat:
         """
         sampling = sampling or Sampling()
         ctx = self._kept.ctx
-        prompt = self._layout.follow_up(instruct(text, self._tools))
-        most = len(prompt) + Agent.cells(self._layout, text, sampling, self._tools, self._limits)
+        prompt = follow_up(self._model, instruct(text, self._tools))
+        most = len(prompt) + Agent.cells(self._model, text, sampling, self._tools, self._limits)
         if most > self.room:
             raise InputError(f"this may need {most:,} tokens, and there is room for {self.room:,}: the chat is full")
-        agent = Agent(ctx, 0, self._layout, text, prompt, sampling, self._tools, self._limits)
+        agent = Agent(ctx, 0, text, prompt, sampling, self._tools, self._limits)
         for _, said in run_agents(ctx, [agent], stopped):
             yield said

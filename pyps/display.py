@@ -60,7 +60,12 @@ def _called(call: ToolCall) -> str:
     arguments = call.arguments
     if isinstance(arguments, dict):
         arguments = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-    return f"> {call.name}({arguments}): {_line(call.result)[:200]}"
+    return f"> {call.name}({arguments}): {_line(call.result)[:200]}\n"
+
+
+def _told(branch: BranchResult) -> str:
+    """A branch's calls, and its text."""
+    return "".join(map(_called, branch.calls)) + branch.text
 
 
 def _line(text: str) -> str:
@@ -85,19 +90,10 @@ class PlainDisplay:
         if isinstance(event, BranchDone):
             self._branches[event.branch] = event.result
         elif isinstance(event, ToolCalled) and event.branch is None:
-            if self._mode is None:
-                self._mode = "cache"
-                self._show_branches()
-                self._write("[answer]\n")
-            self._write(f"{_called(event.call)}\n")
+            self._begin_answer(event.mode)
+            self._write(_called(event.call))
         elif isinstance(event, AnswerToken):
-            if self._mode is None:
-                self._show_branches()
-            if self._mode != event.mode:
-                if self._mode is not None:
-                    self._write("\n\n")
-                self._mode = event.mode
-                self._write("[answer]\n" if event.mode == "cache" else "[answer from text]\n")
+            self._begin_answer(event.mode)
             self._write(event.text)
         elif isinstance(event, Done):
             if self._mode is None:
@@ -111,11 +107,21 @@ class PlainDisplay:
     def close(self) -> None:
         pass
 
+    def _begin_answer(self, mode: str) -> None:
+        """Before the first of an answer: what it is, and the branches if nothing was said yet."""
+        if self._mode == mode:
+            return
+        if self._mode is None:
+            self._show_branches()
+        else:
+            self._write("\n\n")
+        self._mode = mode
+        self._write("[answer]\n" if mode == "cache" else "[answer from text]\n")
+
     def _show_branches(self) -> None:
         for _, branch in sorted(self._branches.items()):
             title = f"[{branch.name}] {branch.prompt}".strip()
-            calls = "".join(f"{_called(call)}\n" for call in branch.calls)
-            self._write(f"{title} ({_remark(branch)})\n{calls}{branch.text}\n\n")
+            self._write(f"{title} ({_remark(branch)})\n{_told(branch)}\n\n")
 
     def _write(self, text: str) -> None:
         self._console.file.write(text)
@@ -170,21 +176,15 @@ class LiveDisplay:
         if isinstance(event, BranchToken):
             self._texts[event.branch] += event.text
         elif isinstance(event, ToolCalled) and event.branch is not None:
-            self._texts[event.branch] += f"{_called(event.call)}\n"
+            self._texts[event.branch] += _called(event.call)
         elif isinstance(event, ToolCalled):
-            self._end_live()
-            self._console.print(Text(_called(event.call)))
+            self._begin_answer(event.mode)
+            self._stream(_called(event.call))
         elif isinstance(event, BranchDone):
             self._results[event.branch] = event.result
-            calls = "".join(f"{_called(call)}\n" for call in event.result.calls)
-            self._texts[event.branch] = calls + event.result.text
+            self._texts[event.branch] = _told(event.result)
         elif isinstance(event, AnswerToken):
-            if self._mode != event.mode:
-                self._end_live()
-                if self._mode is not None:
-                    self._stream("\n\n")
-                self._mode = event.mode
-                self._console.rule("answer" if event.mode == "cache" else "answer from text", align="left")
+            self._begin_answer(event.mode)
             self._stream(event.text)
         elif isinstance(event, Done):
             self._end_live()
@@ -192,6 +192,16 @@ class LiveDisplay:
             if event.result.interrupted:
                 self._console.print(Text("interrupted: this is what there is", style="yellow"))
             self._console.print(Text(summary(event.result), style="bold"))
+
+    def _begin_answer(self, mode: str) -> None:
+        """Before the first of an answer: what it is, and the branches if nothing was said yet."""
+        if self._mode == mode:
+            return
+        self._end_live()
+        if self._mode is not None:
+            self._stream("\n\n")
+        self._mode = mode
+        self._console.rule("answer" if mode == "cache" else "answer from text", align="left")
 
     def _stream(self, text: str) -> None:
         """Print text as it comes, whole words to a line: a word is held back until its end is known."""

@@ -110,10 +110,11 @@ class BranchToken:
 
 @dataclass(frozen=True)
 class ToolCalled:
-    """A call of a tool is over: a branch's, or the synthesizer's (None)."""
+    """A call of a tool is over: a branch's, or the synthesizer's (None), whose `mode` is as of an AnswerToken."""
 
     branch: int | None
     call: ToolCall
+    mode: Mode = "cache"
 
 
 @dataclass(frozen=True)

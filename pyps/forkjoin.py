@@ -31,7 +31,7 @@ from pyps.events import (
     ToolCall,
     ToolCalled,
 )
-from pyps.generate import Generation, complete, generate
+from pyps.generate import Generation, complete
 from pyps.layout import DEFAULT_SYNTHESIZE, Layout, Prompts, place
 from pyps.model import Model
 from pyps.models import AUTO, DEFAULT_MODEL, Progress, find_adapter, find_model
@@ -368,7 +368,7 @@ class _Run:
         self.synthesize, self.tools = synthesize, tools
         self.layout = Layout(fj.model, fj.layout, task, system, instruct(synthesize, tools))
         self.prompts: Prompts = self.layout.prompts([instruct(b.prompt, b.tools) for b in self.branches])
-        needs = [Agent.cells(self.layout, b.prompt, b.sampling, b.tools, b.limits) for b in self.branches]
+        needs = [Agent.cells(fj.model, b.prompt, b.sampling, b.tools, b.limits) for b in self.branches]
         longest = max((len(prompt) + n for prompt, n in zip(self.prompts.branches, needs, strict=True)), default=1)
         # of those, what the synthesizer may get
         self.spans = [
@@ -406,13 +406,13 @@ class _Run:
         spans = [r.tokens for r in self.given] + self.spans
         if not 0 <= room < 2**20:
             raise InputError(f"room for {room} tokens is not possible")
-        said = Agent.cells(self.layout, self.synthesize, self.answer_sampling, self.tools, limits)
-        answer_cells = len(p.synthesizer) + said + room
+        self.said_cells = Agent.cells(self.fj.model, self.synthesize, self.answer_sampling, self.tools, limits)
+        answer_cells = len(p.synthesizer) + self.said_cells + room
         self.synthesizer_cells = p.branch_point + sum(spans) + answer_cells
         names = [r.name for r in self.given] + [b.name for b in self.branches]
         texts = [r.text for r in self.given] + [""] * len(self.branches)
         pasted = len(p.prefix) + len(self.layout.pasted(names, texts))
-        text_cells = pasted + sum(self.spans) + said
+        text_cells = pasted + sum(self.spans) + self.said_cells
         needs = {}
         if mode == "cache":
             # joined spans lie side by side: cells for all of them but positions for the longest
@@ -527,54 +527,33 @@ class _Run:
         """All branches to their ends. Returns them, when the last token was chosen (time.perf_counter), and the
         milliseconds that its K and V took, which are part of the time to first token."""
         first, last_token = len(self.given), time.perf_counter()
-        branches = list(zip(self.branches, self.prompts.branches, strict=True))
-        if any(b.tools for b in self.branches):
-            agents = [
-                Agent(ctx, i, self.layout, b.prompt, prompt, b.sampling, b.tools, b.limits)
-                for i, (b, prompt) in enumerate(branches)
-            ]
-            began = last_token
-            for found, said in run_agents(ctx, agents, self.stopped):
-                last_token = time.perf_counter()
-                if isinstance(said, ToolCall):
-                    yield ToolCalled(first + found.seq, said)
-                else:
-                    yield BranchToken(first + found.seq, said)
-                    if found.done:
-                        yield BranchDone(first + found.seq, self._cached_agent(found).result)
-                began = time.perf_counter()
-            flush_ms = (time.perf_counter() - began) * 1e3
-            return [self._cached_agent(x) for x in agents], last_token, flush_ms
-        generations = [Generation(ctx, i, prompt, b.sampling) for i, (b, prompt) in enumerate(branches)]
-        stepper = generate(ctx, generations, self.stopped)
-        n_done = 0
-        for g, text in stepper:
-            last_token = time.perf_counter()
-            yield BranchToken(first + g.seq, text)
-            if g.finish_reason:
-                yield BranchDone(first + g.seq, self._branch_result(g))
-                n_done += 1
-                if n_done == len(generations):
-                    break
-        began = time.perf_counter()
-        for _ in stepper:
-            pass  # the last tokens' K and V are still to be computed
-        flush_ms = (time.perf_counter() - began) * 1e3
-        cached = [
-            Cached(self._branch_result(g), g.seq, ((g.start, g.end),) if g.tokens else (), tuple(g.tokens))
-            for g in generations
+        branches = zip(self.branches, self.prompts.branches, strict=True)
+        agents = [
+            Agent(ctx, i, b.prompt, prompt, b.sampling, b.tools, b.limits) for i, (b, prompt) in enumerate(branches)
         ]
-        return cached, last_token, flush_ms
+        began = last_token
+        for found, said in run_agents(ctx, agents, self.stopped):
+            last_token = time.perf_counter()
+            if isinstance(said, ToolCall):
+                yield ToolCalled(first + found.seq, said)
+            else:
+                yield BranchToken(first + found.seq, said)
+                if found.done:
+                    yield BranchDone(first + found.seq, self._cached(found).result)
+            began = time.perf_counter()
+        # the last tokens' K and V were still to be computed
+        flush_ms = (time.perf_counter() - began) * 1e3
+        return [self._cached(x) for x in agents], last_token, flush_ms
 
-    def _cached_agent(self, found: Agent) -> Cached:
+    def _cached(self, found: Agent) -> Cached:
         branch = self.branches[found.seq]
         spans = found.spans(branch.joined)
         tokens = found.tokens_of(spans)
-        text = found.turn.text if branch.joined == "final" else self._text(tokens)
+        text = found.answer if branch.joined == "final" else self._text(tokens)
         result = BranchResult(
             branch.name,
             branch.prompt,
-            text if spans else "",
+            text,
             len(tokens),
             _finish_reason(found.turn),
             tuple(found.calls),
@@ -583,10 +562,6 @@ class _Run:
 
     def _text(self, tokens: Sequence[int]) -> str:
         return b"".join(map(self.fj.model.piece, tokens)).decode(errors="replace")
-
-    def _branch_result(self, g: Generation) -> BranchResult:
-        branch = self.branches[g.seq]
-        return BranchResult(branch.name, branch.prompt, g.text, len(g.tokens), _finish_reason(g))
 
     def _prefix(self, ctx: Context, synthesizer: Context | None) -> None:
         """The prefix, computed once: to every branch, and to a synthesizer that keeps it. The synthesizer's copy comes
@@ -639,8 +614,7 @@ class _Run:
     def _in_order(self, n: int) -> bool:
         """Whether spans of n tokens are placed one after the other: if the adapter wants it and the model has positions
         for them. At the branch point there is room for more."""
-        said = Agent.cells(self.layout, self.synthesize, self.answer_sampling, self.tools, self.limits)
-        answer = len(self.prompts.synthesizer) + said
+        answer = len(self.prompts.synthesizer) + self.said_cells
         fits = self.prompts.branch_point + n + answer <= self.fj.model.n_ctx_train
         return bool(self.fj.adapter and self.fj.adapter.in_order and fits)
 
@@ -652,8 +626,7 @@ class _Run:
         tail = self.layout.pasted([r.name for r in results], [r.text for r in results])
         joinable = not self.fj.model.why_not_joinable
         size = len(prefix) + len(tail)
-        said = Agent.cells(self.layout, self.synthesize, self.answer_sampling, self.tools, self.limits)
-        contexts = [self._context(size + said)]
+        contexts = [self._context(size + self.said_cells)]
         try:
             reads_long = joinable and len(tail) > _FLASH_ATTN_MIN and not self.fj._flash_attn
             if reads_long:
@@ -682,18 +655,17 @@ class _Run:
 
     def _answer(self, ctx: Context, prompt: list[int], mode: Mode) -> Generator[Event, None, tuple[Synthesis, Agent]]:
         """Prefill the prompt and generate. Of the Synthesis, prefill and total count from here."""
-        agent = Agent(ctx, 0, self.layout, self.synthesize, prompt, self.answer_sampling, self.tools, self.limits)
+        agent = Agent(ctx, 0, self.synthesize, prompt, self.answer_sampling, self.tools, self.limits)
         began = time.perf_counter()
         first = None
         for _, said in run_agents(ctx, [agent], self.stopped):
             first = first or time.perf_counter()
-            yield ToolCalled(None, said) if isinstance(said, ToolCall) else AnswerToken(said, mode)
+            yield ToolCalled(None, said, mode) if isinstance(said, ToolCall) else AnswerToken(said, mode)
         ended = time.perf_counter()
-        spans = agent.spans("final")
         answer = replace(
             _NOTHING,
-            answer=agent.turn.text if spans else "",
-            tokens=replace(_NOTHING.tokens, generated=len(agent.tokens_of(spans))),
+            answer=agent.answer,
+            tokens=replace(_NOTHING.tokens, generated=len(agent.tokens_of(agent.spans("final")))),
             timing_ms=replace(
                 _NOTHING.timing_ms, prefill=((first or ended) - began) * 1e3, total=(ended - began) * 1e3
             ),

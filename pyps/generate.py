@@ -69,11 +69,14 @@ class Generation:
         return new
 
 
-def _prefill(ctx: Context, generations: Sequence[Generation]) -> None:
-    """Compute the prompts so that the last batch has one token with logits for each generation, in their order."""
-    starts = {g: ctx.end(g.seq) for g in generations}
-    body = [Token(t, starts[g] + i, g.seq) for g in generations for i, t in enumerate(g.prompt[:-1])]
-    last = [Token(g.prompt[-1], g.start - 1, g.seq, logits=True) for g in generations]
+def feed(ctx: Context, feeds: Sequence[tuple[int, Sequence[int]]]) -> None:
+    """Append tokens to sequences, (sequence, its tokens) of each, so that the last batch has one token with logits for
+    each of them, in their order."""
+    body, last = [], []
+    for seq, tokens in feeds:
+        start = ctx.end(seq)
+        body += [Token(t, start + i, seq) for i, t in enumerate(tokens[:-1])]
+        last.append(Token(tokens[-1], start + len(tokens) - 1, seq, logits=True))
     if len(body) + len(last) <= ctx.n_batch:
         ctx.decode(body + last)
     else:
@@ -96,7 +99,7 @@ def generate(
     """
     samplers = {g: Sampler(ctx.model, g.sampling) for g in generations}
     try:
-        _prefill(ctx, generations)
+        feed(ctx, [(g.seq, g.prompt) for g in generations])
         active = list(generations)
         while active and not stopped():
             batch: list[Token] = []

@@ -88,16 +88,6 @@ class Layout:
             synthesizer=synthesizer if self._name == "shared" else self._prefix + synthesizer,
         )
 
-    def follow_up(self, text: str) -> list[int]:
-        """What comes after an answer when the user says this to it, up to where the next answer begins. Raises
-        InputError if the model's chat template knows only one turn."""
-        turns = [("user", "?"), ("assistant", _ANSWER), ("user", _NEXT)]
-        prompt = self._model.render_chat([{"role": role, "content": content} for role, content in turns])
-        between, mark, end = prompt.partition(_ANSWER)[2].partition(_NEXT)
-        if not mark:
-            raise InputError(f"{self._model.name}: the model's chat template does not give a second turn as it is")
-        return self._model.tokenize(between + self._model.as_data(text) + end)
-
     def pasted(self, names: Sequence[str], texts: Sequence[str]) -> list[int]:
         """The text baseline: what follows the prefix when the branches' texts are pasted into the user's turn. The
         same in both layouts: whoever pastes texts can keep the prefix."""
@@ -109,3 +99,14 @@ def place(branch_point: int, lengths: Sequence[int], in_order: bool) -> list[int
     """The positions at which spans of these lengths begin after the join: all at the branch point (METHOD, section 1);
     or one after the other in the branches' order, as their texts would stand, for adapters trained so."""
     return [branch_point + (sum(lengths[:i]) if in_order else 0) for i in range(len(lengths))]
+
+
+def follow_up(model: Model, text: str) -> list[int]:
+    """What comes after an answer, in either layout, when the user says this to it, up to where the next answer begins.
+    Raises InputError if the model's chat template knows only one turn."""
+    turns = [("user", "?"), ("assistant", _ANSWER), ("user", _NEXT)]
+    prompt = model.render_chat([{"role": role, "content": content} for role, content in turns])
+    between, mark, end = prompt.partition(_ANSWER)[2].partition(_NEXT)
+    if not mark:
+        raise InputError(f"{model.name}: the model's chat template does not give a second turn as it is")
+    return model.tokenize(between + model.as_data(text) + end)

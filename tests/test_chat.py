@@ -9,7 +9,7 @@ import pytest
 from pyps import ForkJoin, InputError, Limits, Sampling, ToolCall, tool
 from pyps.chat import Chat
 from pyps.context import Context, Span, join
-from pyps.layout import Layout
+from pyps.layout import Layout, follow_up
 
 GREEDY = Sampling(temperature=0, repeat_penalty=1, max_tokens=12, ignore_eos=True)
 
@@ -31,7 +31,7 @@ def test_it_goes_on_in_front_of_the_same_cells(tiny_path: Path) -> None:
             again.prefill(0, prompts.prefix)
             join(branches.ctx, again, [Span(c.seq, *c.spans[0], prompts.branch_point) for c in branches.cached])
             texts = [result.answer, *said]
-            feeds = [prompts.synthesizer, layout.follow_up("And then?"), layout.follow_up("Why?")]
+            feeds = [prompts.synthesizer, follow_up(fj.model, "And then?"), follow_up(fj.model, "Why?")]
             for feed, text in zip(feeds, texts, strict=True):
                 again.prefill(0, feed)
                 out = b""
