@@ -3,7 +3,10 @@
 import contextlib
 import errno
 import importlib
+import io
 import json
+import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -75,6 +78,9 @@ class _Command(click.Command):
 @click.version_option(pyps.__version__, prog_name="pyps")
 def main() -> None:
     """Fork-join on llama.cpp: branches in parallel, one answer straight from their KV caches."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # arguments and models can hold what is no Unicode (half a surrogate pair): better shown as ? than not at all
+        sys.stdout.reconfigure(errors="replace")
 
 
 class _Interrupt:
@@ -259,7 +265,9 @@ def run(
     pyps run review.yaml --set repo=.
     """
     workflow = None
-    if task is not None and Path(task).suffix in (".yaml", ".yml"):
+    # a task may end like a file's name ("Explain docker-compose.yaml"): with branches, only a file that is there counts
+    alone = not (instructions or samples is not None or files)
+    if task is not None and Path(task).suffix in (".yaml", ".yml") and (alone or os.path.isfile(task)):
         _check_alone(ctx)
         workflow = read_workflow(Path(task))
         variables = set_variables(workflow, _pairs(values))
@@ -324,7 +332,7 @@ def run(
             stopped=lambda: interrupt.asked,
         )
         result = _show(events, [*given, *(b.prompt for b in branches)], as_json, notes)
-        if save and save.exists():  # not if it was interrupted before there was anything
+        if save and result:
             notes.print(f"the branches are kept in {save} ({save.stat().st_size / 1e6:.1f} MB)", highlight=False)
         if chats and result and result.kept:
             _talk(Chat(fj, result.kept), answer, interrupt, notes)
@@ -341,11 +349,14 @@ def new(name: str, file: Path | None) -> None:
     if name not in known:
         raise InputError(f"there is no workflow {name!r}; there are: {', '.join(known)}")
     target = file or Path(f"{name}.yaml")
+    if target.exists():
+        raise InputError(f"{target} is there already: name another file")
+    partial = target.with_name(target.name + ".part")
     try:
-        with target.open("x", encoding="utf-8") as copy:
-            copy.write(known[name].read_text(encoding="utf-8"))
-    except FileExistsError:
-        raise InputError(f"{target} is there already: name another file") from None
+        shutil.copyfile(known[name], partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
     click.echo(f"{target}: try pyps run {target}")
 
 

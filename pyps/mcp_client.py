@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, TimeoutError
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,14 @@ class McpServer:
             raise InputError("MCP servers need the package mcp: pip install 'pyps[mcp]'") from None
         parameters = StdioServerParameters(command=command[0], args=list(command[1:]), cwd=folder)
         ready: Future[list[Any]] = Future()
+        self._task: asyncio.Task[None] | None = None
 
         async def live() -> None:
-            self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
+            self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
             try:
                 async with Client(parameters) as self._client:
                     ready.set_result((await self._client.list_tools()).tools)
-                    await self._end.wait()
+                    await asyncio.Event().wait()  # until it is cancelled
             except BaseException as error:
                 if not ready.done():
                     ready.set_exception(error)
@@ -55,7 +56,11 @@ class McpServer:
             while inner := getattr(error, "exceptions", None):  # task groups put what happened into groups
                 error = inner[0]
             raise InputError(f"the MCP server {command[0]} cannot be used: {error}") from None
-        self.tools = tuple(self._tool(tool) for tool in found)
+        try:
+            self.tools = tuple(self._tool(tool) for tool in found)
+        except InputError:
+            self.close()
+            raise
 
     def _tool(self, tool: Any) -> Tool:
         def call(**arguments: Any) -> str:
@@ -75,6 +80,7 @@ class McpServer:
         self.close()
 
     def close(self) -> None:
-        if self._thread.is_alive() and hasattr(self, "_end"):
-            self._loop.call_soon_threadsafe(self._end.set)
+        """Stops the server, one that has not answered yet too."""
+        if self._task and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._task.cancel)
             self._thread.join(_START_SECONDS)

@@ -114,8 +114,9 @@ class Sampler:
         self._chain: ctypes.c_void_p | None = chain
         self._grammar: ctypes.c_void_p | None = None
         if sampling.grammar:
+            data = sampling.grammar.encode("utf-8", "replace")
             with log.captured():
-                self._grammar = llama_cpp.llama_sampler_init_grammar(model.vocab, sampling.grammar.encode(), b"root")
+                self._grammar = llama_cpp.llama_sampler_init_grammar(model.vocab, data, b"root")
                 words = log.last_words()
             if not self._grammar:
                 self.close()

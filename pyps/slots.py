@@ -51,7 +51,7 @@ _SAVED = TypeAdapter(list[_Saved])
 
 @dataclass(frozen=True)
 class Slots:
-    """What a file holds. Arrays are views of the file: nothing is read before it is used.
+    """What a file holds. Arrays are views of the file, not copies.
 
     Attributes:
         path: the file.
@@ -305,8 +305,9 @@ def _spans(positions: list[int]) -> tuple[tuple[int, int], ...]:
 
 
 def _known(result: BranchResult) -> dict[str, Any]:
-    """What a file has of a result."""
-    return {k: v for k, v in asdict(result).items() if k in _Saved.model_fields}
+    """What a file has of a result. Of texts, what is no Unicode (an argument's stray bytes) is replaced."""
+    known = {k: v for k, v in asdict(result).items() if k in _Saved.model_fields}
+    return {k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in known.items()}
 
 
 def _bytes(rows: NDArray[Any]) -> NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -262,3 +263,27 @@ def test_the_command_line(tmp_path: Path, tiny_path: Path) -> None:
     assert (broken.exit_code, "damaged or cut off" in broken.stderr) == (2, True)
     nothing = run.invoke(main, ["run", TASK, "--join", str(path), "--save", str(path), *common])
     assert nothing.exit_code == 2
+
+
+def test_stray_bytes_on_the_command_line(tmp_path: Path, tiny_path: Path) -> None:
+    """What is no Unicode is replaced: in what is saved, in JSON, and in what is printed."""
+    command = [
+        sys.executable,
+        "-m",
+        "pyps.cli",
+        "run",
+        "Go",
+        "-b",
+        b"caf\xe9",
+        "-m",
+        str(tiny_path),
+        "--max-tokens",
+        "4",
+    ]
+    path = tmp_path / "x.pyps"
+    for more in (["--save", str(path)], ["--json"], []):
+        done = subprocess.run(
+            [*command, *more], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+        )
+        assert done.returncode == 0, done.stderr
+    assert read_slots(path).branches[0].prompt == "caf?"

@@ -199,6 +199,9 @@ def test_options_that_a_file_says_itself(tmp_path: Path) -> None:
     for options in (["--branch", "x"], ["--mode", "text"], ["--save", "x"], ["--answer-tokens", "3"], ["--set", "x"]):
         done = run.invoke(main, ["run", file, *options])
         assert done.exit_code == 2, done.output
+    task = run.invoke(main, ["run", "Explain my docker-compose.yaml", "-b", "x", "-m", "nowhere.gguf"])
+    assert "no such model file" in task.stderr, "with branches, a text that ends like a file is a task"
+    assert "cannot be read" in run.invoke(main, ["run", "nowhere.yaml"]).stderr
     assert "for workflow files" in run.invoke(main, ["run", "A task", "-b", "x", "--set", "a=b"]).stderr
     assert run.invoke(main, ["run", "--list"]).stdout.startswith("compare     Argue")
     assert run.invoke(main, ["new", "nothing"]).exit_code == 2
