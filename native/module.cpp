@@ -31,7 +31,8 @@ using Bytes        = nb::ndarray<nb::numpy, uint8_t, nb::ndim<2>>;
 
 uint32_t join_spans(uintptr_t src, uintptr_t dst,
               const std::vector<std::tuple<llama_seq_id, llama_pos, llama_pos, llama_pos>> & spans,
-              llama_seq_id dst_seq, const std::vector<bool> & rotates, std::optional<Coefficients> affine) {
+              llama_seq_id dst_seq, const std::vector<bool> & rotates, std::optional<Coefficients> affine,
+              std::optional<bool> together) {
     llama_context *         from = as_context(src);
     llama_context *         to   = as_context(dst);
     std::vector<pyps::Span> parts;
@@ -49,7 +50,7 @@ uint32_t join_spans(uintptr_t src, uintptr_t dst,
         coefficients = reinterpret_cast<const pyps::Affine *>(affine->data());
     }
     nb::gil_scoped_release release;
-    return pyps::join(from, to, parts, dst_seq, rotates, coefficients);
+    return pyps::join(from, to, parts, dst_seq, rotates, coefficients, together);
 }
 
 Bytes make_bytes(size_t rows, size_t row_size) {
@@ -195,9 +196,10 @@ NB_MODULE(_native, m) {
     m.attr("llama_cpp_version") = PYPS_LLAMA_CPP_VERSION;
 
     m.def("join", &join_spans, "src"_a, "dst"_a, "spans"_a, "dst_seq"_a, "rotates"_a, "affine"_a = nb::none(),
+          "together"_a = nb::none(),
           "Place spans (seq, p0, p1, to) of context src in sequence dst_seq of context dst; returns the cells placed. "
           "rotates [layers]: whether RoPE turns a layer's keys. affine: float32 [spans, layers, 4] (a_k, b_k, a_v, b_v), "
-          "None for the identity. All or nothing.");
+          "None for the identity. together: all spans at once; None for what suits the device. All or nothing.");
     m.def(
         "why_not_joinable",
         [](uintptr_t model) { return pyps::why_not_joinable(reinterpret_cast<const llama_model *>(model)); }, "model"_a,

@@ -262,8 +262,9 @@ class Context:
         raise EngineError(f"llama.cpp could not decode (status {status}): {words or 'no reason given'}")
 
     def warm_up(self) -> None:
-        """Compute one token and forget it: the first one is when llama.cpp sets up a LoRA and memory gets its pages."""
-        self.prefill(0, [0])
+        """Compute something and forget it: the first token is when llama.cpp sets up a LoRA and memory gets its pages,
+        the first prompt is when a GPU loads what reads prompts."""
+        self.prefill(0, [0] * (32 if llama_cpp.llama_supports_gpu_offload() else 1))
         self.clear()
 
     def prefill(self, seq: int, tokens: Sequence[int]) -> None:

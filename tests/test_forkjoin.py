@@ -191,7 +191,7 @@ def test_a_stream_that_is_dropped_frees_its_contexts(fj: ForkJoin) -> None:
 
 
 def test_on_an_existing_llama(smollm2_path: Path, fj: ForkJoin) -> None:
-    llama = llama_cpp.Llama(str(smollm2_path), n_ctx=256, verbose=False)
+    llama = llama_cpp.Llama(str(smollm2_path), n_ctx=256, n_gpu_layers=-1, verbose=False)
     before = llama("The capital of France is", max_tokens=8, temperature=0)["choices"][0]["text"]
     with ForkJoin(llama=llama) as borrowed:
         result = borrowed.run(TASK, BRANCHES, sampling=GREEDY)

@@ -18,8 +18,18 @@ from tiny import HEAD_DIM, write_model
 from pyps.context import Context, Span, Token, join
 from pyps.errors import EngineError, InputError, RefusedError
 from pyps.model import Model
+from pyps.native import _native
 
 N_LAYERS = 4
+
+
+@pytest.fixture(params=["a graph a layer", "together"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to compute a join, whatever device this is: a graph a layer, as on a CPU; all spans and layers at once,
+    as on a GPU."""
+    both = _native.join
+    together = request.param == "together"
+    monkeypatch.setattr(_native, "join", lambda *arguments: both(*arguments, together=together))
 
 
 @dataclass
@@ -81,6 +91,7 @@ def assert_holds(
 
 
 @pytest.mark.parametrize("pair", CASES, indirect=True)
+@pytest.mark.usefixtures("way")
 def test_without_rotation_and_mapper_every_bit_is_copied(pair: Pair) -> None:
     before = [[read(pair.src, seq, layer) for layer in range(N_LAYERS)] for seq in range(3)]
     fill(pair.dst, 1, 20, seed=9)  # the destination is in use
@@ -105,6 +116,7 @@ def test_without_rotation_and_mapper_every_bit_is_copied(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("pair", CASES, indirect=True)
+@pytest.mark.usefixtures("way")
 def test_contents_after_rotation_and_mapping(pair: Pair) -> None:
     affine = np.random.default_rng(3).uniform(-0.1, 0.1, (2, N_LAYERS, 4)).astype(np.float32)
     affine[..., [0, 2]] += 1
@@ -472,6 +484,7 @@ def test_a_queued_copy_does_not_overwrite_joined_cells(tiny: Model) -> None:
         assert (read(dst, 1, 1).k_bytes == read(src, 0, 1).k_bytes).all()
 
 
+@pytest.mark.skipif(llama_cpp.llama_supports_gpu_offload(), reason="only a CPU asks whether to abort")
 @pytest.mark.parametrize("flash_attn", [False, True])
 def test_an_aborted_join_leaves_the_destination_as_it_was(tiny: Model, flash_attn: bool) -> None:
     """Aborted by llama.cpp's own means, at the beginning, in the middle and at the end of its computation."""
@@ -621,6 +634,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     model.close()
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("unified", [False, True])
 @pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])
 def test_quantised_caches_keep_every_bit_without_rotation_and_mapper(wide: Model, kv_type: str, unified: bool) -> None:
