@@ -76,6 +76,27 @@ std::string norms(const llama_model * model) {
     return bytes;
 }
 
+Work work(const llama_model * model) {
+    const auto & h     = model->hparams;
+    Work         found = { 0, 0, 0 };
+    const auto   add   = [&](const ggml_tensor * t, double share, double & elements) {
+        elements += share * ggml_nelements(t);
+        found.bytes += share * ggml_nbytes(t);
+    };
+    for (const auto & [name, tensor] : model->tensors_by_name) {
+        if (name.rfind("blk.", 0) == 0 && tensor->ne[1] > 1) {
+            // of a mixture's experts, [columns, rows, experts], a token uses some
+            const bool   experts = tensor->ne[2] > 1 && h.n_expert > 0;
+            const double used    = experts ? h.n_expert_used(std::stoul(name.substr(4))) : 1;
+            add(tensor, experts ? used / h.n_expert : 1, found.layers);
+        }
+    }
+    if (const ggml_tensor * output = model->output ? model->output : model->tok_embd) {
+        add(output, 1, found.logits);
+    }
+    return found;
+}
+
 bool is_causal(const llama_model * model) {
     return model->hparams.causal_attn;
 }
@@ -232,7 +253,7 @@ void Cache::commit(const Reservation & r) {
     llama_kv_cache::slot_info slot;
     slot.s0   = r.stream;
     slot.s1   = r.stream;
-    slot.strm = { r.stream };
+    slot.strm = { (int) r.stream };
     slot.idxs = { r.index };
     impl_->kv->apply_ubatch(slot, ubatch);
 }

@@ -149,6 +149,13 @@ uint32_t long_context(const llama_model * model);
 // quantisation of a model, and differ between models.
 std::string norms(const llama_model * model);
 
+// Elements of the matrices that one token is multiplied with, in all layers and for its logits, and bytes of both.
+struct Work {
+    double layers, logits, bytes;
+};
+
+Work work(const llama_model * model);
+
 // Empty, or why a model of this kind cannot be joined. Needs no context.
 std::string why_not_joinable(const llama_model * model);
 

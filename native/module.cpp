@@ -212,6 +212,14 @@ NB_MODULE(_native, m) {
         },
         "model"_a, "The values of the model's norms, as bytes.");
     m.def(
+        "work",
+        [](uintptr_t model) {
+            const pyps::Work w = pyps::work(reinterpret_cast<const llama_model *>(model));
+            return std::make_tuple(w.layers, w.logits, w.bytes);
+        },
+        "model"_a,
+        "Elements of the matrices that a token is multiplied with, in all layers and for its logits; bytes of both.");
+    m.def(
         "is_causal", [](uintptr_t model) { return pyps::is_causal(reinterpret_cast<const llama_model *>(model)); },
         "model"_a, "False for models that read in both directions.");
     m.def(

@@ -5,6 +5,7 @@ what bounds it. Everything in one process, one after the other, again and again;
              in the cache already, as a good server has it
     cache    join (export, re-encode, map, place) and the synthesizer's prompt
     floor    the synthesizer's prompt alone, on a cache that holds the same cells already
+    bound    what the floor cannot be below on this hardware (bounds.py)
     kshift   llama.cpp's own pieces: all in one unified cache, positions moved by its K-shift of the whole
 
 Branches are made of the model's tokens for a text, as long as asked for. They have ended by themselves, as branches do:
@@ -18,7 +19,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ from typing import Any
 import llama_cpp
 
 from pyps.adapter import Adapter
+from pyps.bounds import Rates, least_ms
 from pyps.context import Context, Span, Token, join, prefers_flash_attn
 from pyps.errors import InputError, PypsError
 from pyps.forkjoin import ForkJoin
 from pyps.layout import place
+from pyps.long_prompts import read_prompt, reads_apart
 from pyps.model import Model
 from pyps.sampling import Sampler, Sampling
 from pyps.tuned import cpu_name
@@ -74,6 +77,7 @@ def measure(
     cases: Sequence[Case],
     *,
     repeat: int,
+    rates: Rates | None = None,
     kv_type: str = "f16",
     threads: int | None = None,
     report: Callable[[str, float | None], None] = lambda what, fraction: None,
@@ -83,8 +87,9 @@ def measure(
     (`…_spread`).
 
     Keys: branches, tokens, prompt, layout, task; text_ms, cache_ms, join_ms, floor_ms, kshift_ms (None where llama.cpp
-    cannot); ratio (text / cache), join_share (of cache), floor_ratio (cache / floor); text_setting; and of the branches
-    decoding: batch_tokens_s, single_tokens_s, batch_gain.
+    cannot); ratio (text / cache), join_share (of cache), floor_ratio (cache / floor); text_setting; of the branches
+    decoding: batch_tokens_s, single_tokens_s, batch_gain; and, without a spread, floor_bound_ms and
+    batch_bound_tokens_s (None without rates).
 
     Raises:
         RefusedError: the model's caches cannot be joined.
@@ -103,7 +108,7 @@ def measure(
                     return
                 sides.step(keep=n > 0)
                 report(what, (i * (repeat + 1) + n + 1) / total)
-            yield sides.row(layout)
+            yield sides.row(layout, rates)
     report("done", 1.0)
 
 
@@ -161,20 +166,23 @@ class _Sides:
         c = self._case
         joined = self._point + c.branches * c.tokens + len(self._synthesizer_prompt)
         self._branches = self._context(self._start + c.tokens + _DECODED, c.branches)
-        self._synthesizer = self._context(joined, adapter=self._adapter)
+        self._decoder = self._reader = self._context(joined, adapter=self._adapter)
+        if reads_apart(len(self._synthesizer_prompt), self._kv_type):
+            self._reader = self._context(joined, adapter=self._adapter, flash_attn=True)
         self._branches.prefill(0, self._prefix)
         for seq in range(1, c.branches):
             self._branches.copy(0, seq)
         for seq, output in enumerate(self._outputs):
             self._branches.prefill(seq, _tokens(self._model, _INSTRUCTION, seq) + output)
-        self._synthesizer.warm_up()
+        for ctx in {self._reader, self._decoder}:
+            ctx.warm_up()
         self._unified: Context | None = None
         if llama_cpp.llama_memory_can_shift(llama_cpp.llama_get_memory(self._branches.pointer)):
             self._unified = self._context(joined, c.branches + 1, unified=True)
             for i in range(c.branches):
                 join(self._branches, self._unified, [Span(i, self._start, self._start + c.tokens, self._start)], i + 1)
         if self._point:
-            join(self._branches, self._synthesizer, [Span(0, 0, c.task, 0)])
+            join(self._branches, self._reader, [Span(0, 0, c.task, 0)])
             if self._unified:
                 join(self._branches, self._unified, [Span(0, 0, c.task, 0)])
 
@@ -196,7 +204,9 @@ class _Sides:
         self._sampler.sample(ctx, -1)
 
     def _cache(self) -> dict[str, float]:
-        c, ctx = self._case, self._synthesizer
+        c, ctx = self._case, self._reader
+        if self._decoder is not ctx:
+            self._decoder.remove(0)
         ctx.remove(0, self._point)
         mapper = self._adapter.mapper if self._adapter else None
         spans = [Span(i, self._start, self._start + c.tokens, to) for i, to in enumerate(self._to)]
@@ -204,7 +214,7 @@ class _Sides:
         affine = mapper.coefficients([c.tokens] * c.branches, len(self._model.rotated_layers)) if mapper else None
         join(self._branches, ctx, spans, 0, affine)
         joined = time.perf_counter()
-        self._first_token(ctx, self._synthesizer_prompt)
+        self._first_token(self._decoder, read_prompt(ctx, self._decoder, self._synthesizer_prompt))
         ended = time.perf_counter()
 
         ctx.remove(0, self._to[-1] + c.tokens)  # the cells are there now: the same prompt on them is the floor
@@ -273,7 +283,7 @@ class _Sides:
                 ctx.remove(seq, end)
         return rates
 
-    def row(self, layout: str) -> dict[str, Any]:
+    def row(self, layout: str, rates: Rates | None) -> dict[str, Any]:
         c = self._case
         found: dict[str, Any] = {"branches": c.branches, "tokens": c.tokens, "prompt": c.prompt, "layout": layout}
         found |= {"task": c.task, "text_setting": self._setting, "kshift_ms": None}
@@ -283,6 +293,12 @@ class _Sides:
             key = name + units.get(name, "_ms")
             found[key] = statistics.median(values)
             found[f"{key}_spread"] = [min(values), max(values)]
+        found |= {"floor_bound_ms": None, "batch_bound_tokens_s": None}
+        if rates:
+            cells, prompt = self._point + c.branches * c.tokens, len(self._synthesizer_prompt)
+            found["floor_bound_ms"] = least_ms(self._model, rates, self._kv_type, prompt, cells)
+            step = least_ms(self._model, rates, self._kv_type, 1, self._start + c.tokens, c.branches)
+            found["batch_bound_tokens_s"] = c.branches / step * 1e3
         return found
 
 
@@ -321,6 +337,7 @@ def _peak_memory(path: Path, adapter: Path | None, layout: str, kv_type: str, ca
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS: bytes
 
 
-def describe_machine(model: Model, threads: int | None) -> dict[str, Any]:
+def describe_machine(model: Model, threads: int | None, rates: Rates | None) -> dict[str, Any]:
     """Without which numbers mean nothing."""
-    return {"cpu": cpu_name(), "threads": threads or model.tuned.threads, "llama_cpp_python": llama_cpp.__version__}
+    found = {"cpu": cpu_name(), "threads": threads or model.tuned.threads, "llama_cpp_python": llama_cpp.__version__}
+    return found | (asdict(rates) if rates else {})

@@ -530,6 +530,7 @@ def bench(
     and the rate at which branches decode. Let nothing else run meanwhile.
     """
     from pyps import bench as bench_module
+    from pyps.bounds import measure_rates
     from pyps.context import cell_bytes
 
     plots = _needs_extra("pyps.plot", "plot") if plot else None
@@ -542,6 +543,10 @@ def bench(
         with ForkJoin.from_pretrained(
             str(file or model), progress=report, adapter=_chosen(adapter), layout=layout, kv_type=kv_type
         ) as fj:
+            for case in cases:
+                case.check()
+            report("what this machine can do", None)
+            rates = measure_rates(fj.model, kv_type, threads)
             found: dict[str, Any] = {
                 "model": f"{shape}, random weights" if shape else fj.model.name,
                 "adapter": str(fj.adapter.path) if fj.adapter else None,
@@ -549,7 +554,7 @@ def bench(
                 "kv_type": kv_type,
                 "task": task,
                 "repeat": repeat,
-                "machine": bench_module.describe_machine(fj.model, threads),
+                "machine": bench_module.describe_machine(fj.model, threads, rates),
                 "cell_bytes": cell_bytes(fj.model, kv_type),
                 "model_mb": base.stat().st_size / 1e6,
                 "peak_mb": None,
@@ -562,6 +567,7 @@ def bench(
                     fj.layout,
                     cases,
                     repeat=repeat,
+                    rates=rates,
                     kv_type=kv_type,
                     threads=threads,
                     report=report,

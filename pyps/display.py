@@ -311,44 +311,58 @@ def show_evaluation(console: Console, found: dict[str, Any]) -> None:
         console.print(table)
 
 
+def _ms(value: float) -> str:
+    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
 def show_bench(console: Console, found: dict[str, Any]) -> None:
     """The object that `pyps bench --json` prints, as a table for people."""
     m, rows = found["machine"], found["rows"]
     adapter = ", with its adapter" if found["adapter"] else ""
+    rates = ""
+    if "read_gb_s" in m:
+        rates = f" (read {m['read_gb_s']:.0f} GB/s, do {m['compute_gflop_s']:,.0f} GFLOP/s)"
     for line in (
         f"{found['model']}{adapter}, {found['layout']} layout, {found['kv_type']}, task of {found['task']} tokens",
-        f"{m['cpu']}, {m['threads']} threads, llama-cpp-python {m['llama_cpp_python']}; medians of {found['repeat']}",
+        f"{m['cpu']}, {m['threads']} threads{rates}, llama-cpp-python {m['llama_cpp_python']}",
+        f"Medians of {found['repeat']}",
         "",
         "Time to first token, ms",
     ):
         console.print(line, highlight=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False, collapse_padding=True)
-    for name in ("branches", "prompt", "text", "cache", "ratio", "spread", "join", "floor", "cache/floor", "K-shift"):
+    names = "branches", "prompt", "text", "cache", "ratio", "spread", "join", "floor", "bound", "cache/floor", "K-shift"
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for r in rows:
-        shift = "-" if r["kshift_ms"] is None else f"{r['kshift_ms']:,.0f}"
         low, high = r["ratio_spread"]
         table.add_row(
             f"{r['branches']} x {r['tokens']}",
             str(r["prompt"]),
             f"{r['text_ms']:,.0f}",
-            f"{r['cache_ms']:,.1f}",
+            _ms(r["cache_ms"]),
             f"{r['ratio']:.1f}",
             f"{low:.1f}-{high:.1f}",
             f"{r['join_share']:.0%}",
-            f"{r['floor_ms']:,.1f}",
+            _ms(r["floor_ms"]),
+            _or_dash(r["floor_bound_ms"]),
             f"{r['floor_ratio']:.2f}",
-            shift,
+            _or_dash(r["kshift_ms"]),
         )
     console.print(table)
     console.print("\nBranches decoding, tokens/s", highlight=False)
     table = Table(box=None, pad_edge=False)
-    for name in ("branches", "in one batch", "one by one", "gain"):
+    for name in ("branches", "in one batch", "bound", "one by one", "gain"):
         table.add_column(name, justify="right", no_wrap=True)
     for r in {(r["branches"], r["tokens"]): r for r in rows}.values():
         table.add_row(
             f"{r['branches']} x {r['tokens']}",
             f"{r['batch_tokens_s']:,.0f}",
+            _or_dash(r["batch_bound_tokens_s"]),
             f"{r['single_tokens_s']:,.0f}",
             f"{r['batch_gain']:.2f}",
         )

@@ -33,14 +33,12 @@ from pyps.events import (
 )
 from pyps.generate import Generation, complete
 from pyps.layout import DEFAULT_SYNTHESIZE, Layout, Prompts, place
+from pyps.long_prompts import read_prompt, reads_apart
 from pyps.model import Model
 from pyps.models import AUTO, DEFAULT_MODEL, Progress, find_adapter, find_model
 from pyps.sampling import Sampling, draw_seed
 from pyps.slots import check_writable, load_slots, read_slots, write_slots
 from pyps.tools import Tool
-
-# From this many tokens on, flash attention has its tiled kernel on a CPU; with fewer it is far slower than without.
-_FLASH_ATTN_MIN = 64
 
 
 @dataclass(frozen=True)
@@ -321,6 +319,9 @@ class _Branch:
     joined: JoinedPart
 
 
+_Pair = tuple[Context, Context]  # reader and decoder, see long_prompts.py
+
+
 class _Run:
     """One fork-join from beginning to end. Its contexts live as long as it does."""
 
@@ -407,6 +408,7 @@ class _Run:
         if not 0 <= room < 2**20:
             raise InputError(f"room for {room} tokens is not possible")
         self.said_cells = Agent.cells(self.fj.model, self.synthesize, self.answer_sampling, self.tools, limits)
+        self.room = room
         answer_cells = len(p.synthesizer) + self.said_cells + room
         self.synthesizer_cells = p.branch_point + sum(spans) + answer_cells
         names = [r.name for r in self.given] + [b.name for b in self.branches]
@@ -454,6 +456,17 @@ class _Run:
             adapter=fj.adapter if adapter else None,
         )
 
+    def _pair(self, contexts: ExitStack, prompt: Sequence[int], cells: int, more: int, adapter: bool) -> _Pair:
+        """Where a prompt is read, and where its answer is decoded: often the same context.
+
+        Args:
+            cells: needed up to the prompt's end; more: after it.
+        """
+        decoder = contexts.enter_context(self._context(cells + more, adapter=adapter))
+        if self.fj.model.why_not_joinable or not reads_apart(len(prompt), self.fj._kv_type):
+            return decoder, decoder
+        return contexts.enter_context(self._context(cells, flash_attn=True, adapter=adapter)), decoder
+
     def fork(self) -> Branches:
         """The branches alone."""
         ctx = self._context(self.branch_cells, len(self.branches))
@@ -472,11 +485,14 @@ class _Run:
         start = time.perf_counter()
         with ExitStack() as contexts:
             ctx = contexts.enter_context(self._context(self.branch_cells, max(len(self.branches), 1)))
-            synthesizer = self._context(self.synthesizer_cells, adapter=True) if self.mode == "cache" else None
-            if synthesizer:
-                contexts.push(synthesizer)
-                synthesizer.warm_up()
-            self._prefix(ctx, synthesizer)
+            synthesizer: _Pair | None = None
+            if self.mode == "cache":
+                more = self.said_cells + self.room
+                prompt = self.prompts.synthesizer
+                synthesizer = self._pair(contexts, prompt, self.synthesizer_cells - more, more, adapter=True)
+                for context in synthesizer:
+                    context.warm_up()
+            self._prefix(ctx, synthesizer[0] if synthesizer else None)
             for i, result in enumerate(self.given):
                 yield BranchDone(i, result)
             cached, last_token, flush_ms = yield from self._run_branches(ctx)
@@ -487,10 +503,11 @@ class _Run:
             if synthesizer and not self.stopped():
                 joins = [*self.joins, *([Branches(ctx, cached)] if cached else [])]
                 answer, said = yield from self._from_caches(joins, synthesizer, flush_ms)
-                if self.keep:
-                    kept = Branches(synthesizer, [said])
-                else:
-                    synthesizer.close()
+                for context in synthesizer:
+                    if self.keep and context is synthesizer[1]:
+                        kept = Branches(context, [said])
+                    else:
+                        context.close()
             elif not self.stopped():
                 answer = yield from self._from_texts(ctx, results)
             total = (time.perf_counter() - start) * 1e3
@@ -576,7 +593,7 @@ class _Run:
             join(ctx, synthesizer, [Span(0, 0, n, 0)])
 
     def _from_caches(
-        self, joins: Sequence[Branches], synthesizer: Context, flush_ms: float
+        self, joins: Sequence[Branches], synthesizer: _Pair, flush_ms: float
     ) -> Generator[Event, None, tuple[Synthesis, Cached]]:
         """Join, then answer. Returns a Synthesis whose branches and total are not filled in, and where it lies."""
         began = time.perf_counter()
@@ -596,7 +613,7 @@ class _Run:
                     to += end - start
                 i += 1
             if spans:
-                joined += join(given.ctx, synthesizer, spans, 0, None if affine is None else affine[of])
+                joined += join(given.ctx, synthesizer[0], spans, 0, None if affine is None else affine[of])
         join_ms = (time.perf_counter() - began) * 1e3
         yield Joined(joined, join_ms)
         answer, agent = yield from self._answer(synthesizer, self.prompts.synthesizer, "cache")
@@ -620,45 +637,30 @@ class _Run:
 
     def _from_texts(self, branches: Context, results: Sequence[BranchResult]) -> Generator[Event, None, Synthesis]:
         """Paste and read again, as well as llama.cpp can: the prefix is kept, a long prompt is read with flash
-        attention and moved to a context without it, which decodes faster (on a CPU). Making the contexts is not
-        counted: whoever does this for a living has them ready."""
+        attention. Making the contexts is not counted: whoever does this for a living has them ready."""
         prefix = self.prompts.prefix
         tail = self.layout.pasted([r.name for r in results], [r.text for r in results])
-        joinable = not self.fj.model.why_not_joinable
-        size = len(prefix) + len(tail)
-        contexts = [self._context(size + self.said_cells)]
-        try:
-            reads_long = joinable and len(tail) > _FLASH_ATTN_MIN and not self.fj._flash_attn
-            if reads_long:
-                contexts.append(self._context(size, flash_attn=True))
-            decoder, reader = contexts[0], contexts[-1]
-            if prefix and joinable:
-                join(branches, reader, [Span(0, 0, len(prefix), 0)])
+        with ExitStack() as contexts:
+            pair = self._pair(contexts, tail, len(prefix) + len(tail), self.said_cells, adapter=False)
+            if prefix and not self.fj.model.why_not_joinable:
+                join(branches, pair[0], [Span(0, 0, len(prefix), 0)])
             elif prefix:
-                reader.prefill(0, prefix)
-            began = time.perf_counter()
-            if reads_long:
-                reader.prefill(0, tail[:-1])
-                join(reader, decoder, [Span(0, 0, reader.end(0), 0)])
-            read_ms = (time.perf_counter() - began) * 1e3
-            answer, _ = yield from self._answer(decoder, tail[-1:] if reads_long else tail, "text")
-            timing = answer.timing_ms
-            prefill = read_ms + timing.prefill
+                pair[0].prefill(0, prefix)
+            answer, _ = yield from self._answer(pair, tail, "text")
             return replace(
                 answer,
                 tokens=replace(answer.tokens, prefilled=len(tail)),
-                timing_ms=replace(timing, prefill=prefill, ttft=prefill, total=read_ms + timing.total),
+                timing_ms=replace(answer.timing_ms, ttft=answer.timing_ms.prefill),
             )
-        finally:
-            for ctx in contexts:
-                ctx.close()
 
-    def _answer(self, ctx: Context, prompt: list[int], mode: Mode) -> Generator[Event, None, tuple[Synthesis, Agent]]:
+    def _answer(self, pair: _Pair, prompt: list[int], mode: Mode) -> Generator[Event, None, tuple[Synthesis, Agent]]:
         """Prefill the prompt and generate. Of the Synthesis, prefill and total count from here."""
-        agent = Agent(ctx, 0, self.synthesize, prompt, self.answer_sampling, self.tools, self.limits)
+        reader, decoder = pair
         began = time.perf_counter()
+        left = read_prompt(reader, decoder, prompt)
+        agent = Agent(decoder, 0, self.synthesize, left, self.answer_sampling, self.tools, self.limits)
         first = None
-        for _, said in run_agents(ctx, [agent], self.stopped):
+        for _, said in run_agents(decoder, [agent], self.stopped):
             first = first or time.perf_counter()
             yield ToolCalled(None, said, mode) if isinstance(said, ToolCall) else AnswerToken(said, mode)
         ended = time.perf_counter()

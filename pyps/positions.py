@@ -32,8 +32,8 @@ def find_rotated_layers(model: "Model") -> list[bool]:
     if reason := _native.why_not_joinable(model.address):
         raise RefusedError(reason)
     token = (model.tokenize("The") or [0])[-1]
-    # f32, so that no rounding hides a difference; no flash attention, which on a GPU gives a token that is alone its full
-    # weight only up to rounding: after some layers that looks like a difference
+    # f32, so that no rounding hides a difference; no flash attention, which on a GPU gives a token that is alone its
+    # full weight only up to rounding: after some layers that looks like a difference
     with Context(model, 256, 3, kv_type="f32") as ctx:
         n_layers = _native.n_layers(ctx.address)
         ctx.decode([Token(token, 0, 0), Token(token, _FAR, 1)])

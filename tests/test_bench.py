@@ -9,10 +9,14 @@ import pytest
 from test_cli import pyps, start, wait_for
 from tiny import mapper_metadata, write_adapter, write_model
 
+from pyps import long_prompts
 from pyps.adapter import Adapter
 from pyps.bench import Case, _Sides, measure
+from pyps.bounds import Rates, least_ms, measure_rates
+from pyps.context import cell_bytes
 from pyps.errors import InputError
 from pyps.model import Model
+from pyps.native import _native
 from pyps.shapes import Shape, write_shape
 
 KEYS = ["text_ms", "cache_ms", "join_ms", "floor_ms", "kshift_ms", "ratio"]
@@ -46,11 +50,49 @@ def test_what_is_timed_is_what_a_run_does(tiny: Model, tmp_path: Path, layout: s
         assert logits[13] == pytest.approx(logits[9], abs=1e-4), "nor of the K-shift: keys went back"
         assert logits[9] != pytest.approx(logits[0], abs=1e-2), "it has neither mapper nor LoRA"
         position = (6 if layout == "shared" else 0) + 8
-        assert sides._synthesizer.end(0) == position + synthesizer, "spans overlap"
+        assert sides._decoder.end(0) == position + synthesizer, "spans overlap"
         assert sides._best_text().end(0) == 6 + text
         n_open = sum(ctx._pointer is not None for ctx in sides._contexts)
         assert n_open == 4, "branches, synthesizer, the best for texts, and the unified one: others are closed"
     adapter.close()
+
+
+def test_a_long_prompt_is_read_apart(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `pyps run` does it (long_prompts.py): the same first token as without."""
+    seen = []
+    for least in (4, 1000):
+        monkeypatch.setattr(long_prompts, "_LONG", least)
+        with _Sides(tiny, None, "paper", Case(2, 8, 4, 6), "f32", None) as sides:
+            assert (sides._reader is sides._decoder) == (least == 1000)
+            sides.step(keep=True)
+            assert sides._decoder.end(0) == 8 + 6 + 4 and sides._decoder.n_cells(0) == 2 * 8 + 6 + 4
+            sides._decoder.remove(0, 17)
+            sides._decoder.prefill(0, sides._synthesizer_prompt[-1:])
+            seen.append(sides._decoder.logits())
+    assert seen[0] == pytest.approx(seen[1], abs=1e-3)
+
+
+def test_bounds(tiny: Model, tiny_path: Path) -> None:
+    """What is counted is what the file has; more of anything takes longer."""
+    tensors = {t.name: t for t in gguf.GGUFReader(tiny_path).tensors}
+    layers = [t for name, t in tensors.items() if name.startswith("blk.") and len(t.shape) > 1]
+    output = tensors.get("output.weight", tensors["token_embd.weight"])
+    elements, logits, n_bytes = _native.work(tiny.address)
+    assert elements == sum(t.n_elements for t in layers) > 0 and logits == output.n_elements
+    assert n_bytes == sum(t.n_bytes for t in [*layers, output])
+
+    rates = measure_rates(tiny)
+    assert rates and rates.read_gb_s > 0.1 and rates.compute_gflop_s > 0.01
+    slow_memory, slow_cores = Rates(1e-6, 1e9), Rates(1e9, 1e-6)
+    for rate in (slow_memory, slow_cores):
+        least = [least_ms(tiny, rate, "f16", *size) for size in ((1, 10), (1, 20), (1, 20, 3))]
+        assert 0 < least[0] < least[1] < least[2]
+    assert least_ms(tiny, slow_cores, "f16", 8, 10) > 2 * least_ms(tiny, slow_cores, "f16", 1, 10)
+    assert (
+        least_ms(tiny, slow_memory, "f16", 8, 10)
+        == least_ms(tiny, slow_memory, "f16", 1, 10)
+        == pytest.approx(n_bytes + 10 * cell_bytes(tiny, "f16"))
+    )
 
 
 def test_k_shift_and_join_agree(tiny: Model) -> None:
@@ -82,6 +124,7 @@ def test_rows(tiny_path: Path, tmp_path: Path) -> None:
             assert 0 < low <= row[key] <= high
         assert row["join_ms"] < row["cache_ms"]
         assert row["ratio_spread"][0] <= row["ratio"] <= row["ratio_spread"][1]
+        assert row["floor_bound_ms"] > 0 and row["batch_bound_tokens_s"] > 0
         assert row["batch_tokens_s"] > 0 and row["text_setting"].startswith("flash attention")
     assert (
         found["machine"]["threads"] >= 1

@@ -24,10 +24,12 @@ from pyps import (
     RefusedError,
     Result,
     Sampling,
+    long_prompts,
 )
 from pyps.context import Context, Span, join
 from pyps.generate import Generation, generate
 from pyps.layout import DEFAULT_SYNTHESIZE, Layout
+from pyps.model import Model
 
 TASK = "Which database should a small desktop app use?"
 BRANCHES = ["Argue for SQLite.", "Argue for PostgreSQL.", "Argue for DuckDB."]
@@ -188,6 +190,21 @@ def test_a_stream_that_is_dropped_frees_its_contexts(fj: ForkJoin) -> None:
         next(events)
         events.close()
     assert fj.run(TASK, BRANCHES, sampling=GREEDY).answer
+
+
+def test_a_long_prompt_is_read_with_flash_attention_and_moved(smollm2: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both modes: what the answer sees is the same, and it can be kept."""
+    found = []
+    for least in (16, 10**6):
+        monkeypatch.setattr(long_prompts, "_LONG", least)
+        fj = ForkJoin(smollm2, layout="paper", kv_type="f32")
+        result = fj.run(TASK, BRANCHES, sampling=GREEDY, compare=True, keep=True)
+        assert result.kept and result.compare
+        assert result.kept.ctx.n_cells(0) == result.tokens.joined + result.tokens.prefilled + result.tokens.generated
+        again = fj.run(TASK, join=result.kept, sampling=GREEDY)
+        found.append((result.answer, result.tokens, result.compare.answer, result.compare.tokens, again.answer))
+        result.kept.close()
+    assert found[0] == found[1]
 
 
 def test_on_an_existing_llama(smollm2_path: Path, fj: ForkJoin) -> None:

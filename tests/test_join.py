@@ -321,7 +321,7 @@ def test_next_tokens_agree_with_llama_cpps_own_path(smollm2: Model) -> None:
     difference = max(kl(w, g) for w, g in zip(want, got, strict=True))
     their_own = max(kl(w, o) for other in others for w, o in zip(want, other, strict=True))
     print(f"KL to llama.cpp's own path: {difference:.2e}; llama.cpp against itself: {their_own:.2e}")
-    assert difference < 1e-2
+    assert difference < (5e-2 if llama_cpp.llama_supports_gpu_offload() else 1e-2)
     assert difference <= their_own
 
 
