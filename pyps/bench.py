@@ -305,7 +305,7 @@ class _Sides:
 def _tokens(model: Model, n: int, skip: int) -> list[int]:
     """n tokens of the text, told again and again, from its skip-th on."""
     tokens = model.tokenize(_TEXT)
-    return [tokens[(skip + i) % len(tokens)] for i in range(n)]
+    return (tokens * ((skip + n) // len(tokens) + 1))[skip : skip + n]
 
 
 def peak_memory(path: Path, adapter: Path | None, layout: str, kv_type: str, case: Case) -> float | None:

@@ -15,7 +15,7 @@ from pyps.native import _native
 
 _READ = 2**28  # bytes: far more than a CPU's caches hold
 _PROMPT = 512  # tokens: as many as llama.cpp needs to be at its fastest
-_TRIES = 4
+_TRIES = 3
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def draw_bench(rows: Sequence[dict[str, Any]]) -> Figure:
     right.bar(names, rest, bottom=[r["join_ms"] for r in rows], label="synthesizer's prompt", color="C0")
     right.plot(names, [r["floor_ms"] for r in rows], "k_", markersize=18, label="floor")
     right.set_title("from caches to the first token, ms", fontsize=10)
-    right.tick_params(axis="x", labelsize=8)
+    right.tick_params(axis="x", labelsize=8, rotation=90 if len(names) > 8 else 0)
     right.grid(axis="y", alpha=0.3)
     right.margins(y=0.2)
     right.legend(fontsize=8, ncols=3, loc="upper left")

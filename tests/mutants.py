@@ -36,8 +36,8 @@ MUTANTS = [
     Mutant(
         "the rotation has the wrong sign",
         "native/join.cpp",
-        "ggml_backend_tensor_set(p.shift, &p.delta, 0, sizeof(p.delta));",
-        "const llama_pos wrong = -p.delta; ggml_backend_tensor_set(p.shift, &wrong, 0, sizeof(wrong));",
+        "shift.insert(shift.end(), part.n, part.delta);",
+        "shift.insert(shift.end(), part.n, -part.delta);",
         (ROTATION, TRIED),
     ),
     Mutant(
@@ -50,16 +50,23 @@ MUTANTS = [
     Mutant(
         "V is left unmapped",
         "native/join.cpp",
-        "        return affine ? ggml_scale_bias_inplace(ctx_, v, affine->a_v, affine->b_v) : v;",
-        "        (void) affine; return v;",
+        "        return mapped(v, p, affine, &Affine::a_v, &Affine::b_v);",
+        "        (void) p; (void) affine; return v;",
         (ROTATION, f"{ORACLE}[llama-f32-prefix-equal-mapped-lora]"),
     ),
     Mutant(
         "the mapper's layer is off by one",
         "native/join.cpp",
-        "&affine[s * rotates.size() + from.number]",
-        "&affine[s * rotates.size() + (from.number + 1) % rotates.size()]",
+        "&affine[p.first_span * rotates.size() + from.number]",
+        "&affine[p.first_span * rotates.size() + (from.number + 1) % rotates.size()]",
         (ROTATION, f"{ORACLE}[llama-f32-prefix-equal-mapped-lora]"),
+    ),
+    Mutant(
+        "in one graph for all, spans are mapped as the first one",
+        "native/join.cpp",
+        "const Affine & first = affine[i * n_layers_];",
+        "const Affine & first = affine[0];",
+        (ROTATION,),
     ),
     Mutant(
         "global layers are turned by the sliding window's RoPE base",
@@ -119,8 +126,8 @@ MUTANTS = [
     Mutant(
         "cells are taken in the order of the cache, not of positions",
         "native/join.cpp",
-        "            p.src.push_back(c.index);",
-        "            p.src.insert(std::upper_bound(p.src.begin(), p.src.end(), c.index), c.index);",
+        "            p.src.push_back(c);",
+        "            p.src.insert(std::upper_bound(p.src.begin(), p.src.end(), c, by_index), c);",
         ("tests/test_join.py::test_any_joins_do_what_the_model_says",),
     ),
     Mutant(
