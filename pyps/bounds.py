@@ -28,18 +28,11 @@ class Rates:
 
 
 def measure_rates(model: Model, kv_type: str = "f16", threads: int | None = None) -> Rates | None:
-    """The best of some tries, in about as many seconds; None with a GPU, whose memory is not measured."""
+    """The best of some tries, in about as many seconds; None with a GPU, whose memory is not measured. Raises
+    InputError as Context does."""
     if llama_cpp.llama_supports_gpu_offload():
         return None
-    n_threads = threads or model.tuned.threads
-    parts = np.array_split(np.ones(_READ // 8), n_threads)
     read = compute = math.inf
-    with ThreadPoolExecutor(n_threads) as pool:
-        for _ in range(_TRIES + 1):
-            began = time.perf_counter()
-            list(pool.map(np.sum, parts))
-            read = min(read, time.perf_counter() - began)
-    del parts
     # a long prompt is read fastest with flash attention
     with Context(model, _PROMPT, kv_type=kv_type, flash_attn=True, threads=threads, n_batch=_PROMPT) as ctx:
         for _ in range(_TRIES):
@@ -48,6 +41,13 @@ def measure_rates(model: Model, kv_type: str = "f16", threads: int | None = None
             ctx.prefill(0, [0] * _PROMPT)
             ctx.synchronize()
             compute = min(compute, time.perf_counter() - began)
+    n_threads = threads or model.tuned.threads
+    parts = np.array_split(np.ones(_READ // 8), n_threads)
+    with ThreadPoolExecutor(n_threads) as pool:
+        for _ in range(_TRIES + 1):
+            began = time.perf_counter()
+            list(pool.map(np.sum, parts))
+            read = min(read, time.perf_counter() - began)
     return Rates(_READ / read / 1e9, _operations(model, _PROMPT, 0, 1) / compute / 1e9)
 
 

@@ -543,6 +543,7 @@ def bench(
         with ForkJoin.from_pretrained(
             str(file or model), progress=report, adapter=_chosen(adapter), layout=layout, kv_type=kv_type
         ) as fj:
+            fj.model.check_joinable()
             for case in cases:
                 case.check()
             report("what this machine can do", None)

@@ -490,7 +490,7 @@ class _Run:
                 more = self.said_cells + self.room
                 prompt = self.prompts.synthesizer
                 synthesizer = self._pair(contexts, prompt, self.synthesizer_cells - more, more, adapter=True)
-                for context in synthesizer:
+                for context in set(synthesizer):
                     context.warm_up()
             self._prefix(ctx, synthesizer[0] if synthesizer else None)
             for i, result in enumerate(self.given):

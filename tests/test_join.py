@@ -654,6 +654,7 @@ def test_quantised_caches_keep_every_bit_without_rotation_and_mapper(wide: Model
             assert (found.v_bytes[order] == np.concatenate([first.v_bytes[5:40], second.v_bytes[:30]])).all()
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize(
     ("src_type", "dst_type"), [("q8_0", "q8_0"), ("q4_0", "q4_0"), ("q8_0", "f32"), ("f16", "q8_0"), ("q4_0", "q8_0")]
@@ -664,19 +665,29 @@ def test_contents_of_quantised_caches(wide: Model, src_type: str, dst_type: str,
     def plain(values: np.ndarray, kv_type: str, block: int) -> np.ndarray:
         return hadamard(values, block) if kv_type in ("q8_0", "q4_0") else values
 
-    affine = np.array([[[0.93, 0.05, 1.07, -0.04]] * N_LAYERS], np.float32) if mapped else None
+    spans = [Span(0, 10, 40, 3), Span(2, 5, 30, 20)]
+    affine = np.array([[[1, 0, 1, 0]] * N_LAYERS] * 2, np.float32)
+    if mapped:
+        affine[0], affine[1] = [0.93, 0.05, 1.07, -0.04], [1.1, -0.02, 0.9, 0.03]
     with (
         make_source(wide, kv_type=src_type, flash_attn=True, unified=False) as src,
         Context(wide, 256, kv_type=dst_type, flash_attn=True) as dst,
     ):
-        join(src, dst, [Span(0, 10, 40, 3)], 0, affine)
+        join(src, dst, spans, 0, affine if mapped else None)
         for layer in range(N_LAYERS):
-            source, found = read(src, 0, layer, src_type), read(dst, 0, layer, dst_type)
-            want_k = rotate(plain(source.k[10:40], src_type, 128), -7, 128, 10000.0, neox=False)
-            want_v = plain(source.v[10:40], src_type, 64)
-            if mapped:
-                want_k, want_v = 0.93 * want_k + 0.05, 1.07 * want_v - 0.04
-            for want, got, block in ((want_k, found.k, 128), (want_v, found.v, 64)):
+            found = read(dst, 0, layer, dst_type)
+            order = np.argsort(found.rows)
+            want_k, want_v = [], []
+            for span, (a_k, b_k, a_v, b_v) in zip(spans, affine[:, layer], strict=True):
+                source = read(src, span.seq, layer, src_type)
+                k = plain(source.k[span.start : span.end], src_type, 128)
+                v = plain(source.v[span.start : span.end], src_type, 64)
+                want_k.append(a_k * rotate(k, span.to - span.start, 128, 10000.0, neox=False) + b_k)
+                want_v.append(a_v * v + b_v)
+            for want, got, block in (
+                (np.concatenate(want_k), found.k[order], 128),
+                (np.concatenate(want_v), found.v[order], 64),
+            ):
                 if dst_type == "f32":
                     np.testing.assert_allclose(got, want, rtol=0, atol=5e-6 * np.abs(want).max())
                     continue
