@@ -55,17 +55,17 @@ exact: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests/test_oracle.py -m "exact or not exact" --write-exactness
 
 mutants: $(VENV)/installed-test
-	PIP_FIND_LINKS="$(WHEELS) $(PIP_FIND_LINKS)" $(BIN)/python tests/mutants.py
+	PIP_FIND_LINKS="$(WHEELS) $(PIP_FIND_LINKS)" $(BIN)/python tests/support/mutants.py
 
 soak: $(VENV)/installed-test
-	$(BIN)/python bench/soak.py
+	$(BIN)/python benchmarks/soak.py
 
 bench: $(VENV)/installed-test
 	mkdir -p build
 	$(BIN)/pyps bench --plot build/bench.png
 
 bench-slots: $(VENV)/installed-test
-	$(BIN)/python bench/slots.py
+	$(BIN)/python benchmarks/slots.py
 
 bench-compare: $(VENV)/installed-test
 	@test -n "$(REF)" || { echo "say what to compare with: make bench-compare REF=COMMIT"; exit 2; }
@@ -73,7 +73,7 @@ bench-compare: $(VENV)/installed-test
 	git clone --quiet . build/compare
 	git -C build/compare checkout --quiet $(REF)
 	$(MAKE) -C build/compare VENV=.venv .venv/installed
-	$(BIN)/python bench/compare.py build/compare/.venv/bin/pyps $(BIN)/pyps --tokens 256
+	$(BIN)/python benchmarks/compare.py build/compare/.venv/bin/pyps $(BIN)/pyps --tokens 256
 
 # held-out entities and phrasings stay out of the examples; the suite of `pyps eval` has others of those
 adapter: $(VENV)/installed-test

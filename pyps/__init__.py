@@ -9,11 +9,13 @@ Branches generate in parallel; a synthesizer answers straight from their KV cach
         print(result.answer)
 """
 
-from pyps.agent import Limits
-from pyps.asynchronous import AsyncForkJoin
-from pyps.branches import Branches
+from pyps.agents.tools import Limits, Tool, calculator, file_tools, sql_tools, tool
+from pyps.engine.sampling import Sampling
 from pyps.errors import EngineError, InputError, PypsError, RefusedError
-from pyps.events import (
+from pyps.forkjoin import Branch, ForkJoin
+from pyps.forkjoin.asynchronous import AsyncForkJoin
+from pyps.forkjoin.branches import Branches
+from pyps.forkjoin.events import (
     AnswerToken,
     BranchDone,
     BranchResult,
@@ -26,9 +28,6 @@ from pyps.events import (
     ToolCall,
     ToolCalled,
 )
-from pyps.forkjoin import Branch, ForkJoin
-from pyps.sampling import Sampling
-from pyps.tools import Tool, calculator, file_tools, sql_tools, tool
 
 __version__ = "0.1.0"
 

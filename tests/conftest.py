@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import write_model
+from support.tiny import write_model
 
-from pyps.model import Model
-from pyps.models import find_model
+from pyps.engine.find import find_model
+from pyps.engine.model import Model
 
 
 @pytest.fixture(scope="session")

@@ -8,15 +8,15 @@ import gguf
 import llama_cpp
 import numpy as np
 import pytest
-from caches import fill, kl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import mapper_metadata, write_adapter
+from support.caches import fill, kl
+from support.contexts import context_with
+from support.tiny import mapper_metadata, write_adapter
 
-from pyps.adapter import Adapter
-from pyps.context import Context
+from pyps.adapters.adapter import Adapter
+from pyps.engine.model import Model
 from pyps.errors import InputError
-from pyps.model import Model
 
 
 def test_reads_mapper_lora_and_layout(tmp_path: Path, tiny: Model) -> None:
@@ -52,7 +52,7 @@ def test_the_lora_is_on_in_the_contexts_that_ask_for_it(tmp_path: Path, tiny: Mo
     adapter = Adapter(write_adapter(tmp_path / "a.gguf"), tiny)
     logits = []
     for use in (None, adapter, None):
-        with Context(tiny, 256, adapter=use) as ctx:
+        with context_with(use, tiny, 256) as ctx:
             fill(ctx, 0, 10)
             ctx.prefill(0, [1])
             logits.append(ctx.logits())

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from caches import read
+from support.caches import read
 
 from pyps import Branch, ForkJoin, InputError, Limits, Result, Sampling, Tool, ToolCalled, calculator, tool
-from pyps.agent import choices, instruct
-from pyps.context import Context
-from pyps.generate import Generation, generate
-from pyps.layout import Layout
+from pyps.agents.agent import choices, instruct
+from pyps.engine.context import Context
+from pyps.engine.generate import Generation, generate
+from pyps.prompts.layout import Layout
 
 GREEDY = Sampling(temperature=0, max_tokens=24)
 TASK = "Answer with the tools you have."

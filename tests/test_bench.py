@@ -6,18 +6,18 @@ from pathlib import Path
 
 import gguf
 import pytest
+from support.tiny import mapper_metadata, write_adapter, write_model
 from test_cli import pyps, start, wait_for
-from tiny import mapper_metadata, write_adapter, write_model
 
-from pyps import long_prompts
-from pyps.adapter import Adapter
-from pyps.bench import Case, _Sides, measure
-from pyps.bounds import Rates, least_ms, measure_rates
-from pyps.context import cell_bytes
+from pyps.adapters.adapter import Adapter
+from pyps.engine import native
+from pyps.engine.context import cell_bytes
+from pyps.engine.model import Model
 from pyps.errors import InputError
-from pyps.model import Model
-from pyps.native import _native
-from pyps.shapes import Shape, write_shape
+from pyps.forkjoin import long_prompts
+from pyps.measure.bench import Case, _Sides, measure
+from pyps.measure.bounds import Rates, least_ms, measure_rates
+from pyps.measure.shapes import Shape, write_shape
 
 KEYS = ["text_ms", "cache_ms", "join_ms", "floor_ms", "kshift_ms", "ratio"]
 SMALL = ["--branches", "2,3", "--tokens", "8", "--prompt", "4,5", "--task", "6", "--repeat", "2"]
@@ -77,7 +77,7 @@ def test_bounds(tiny: Model, tiny_path: Path) -> None:
     tensors = {t.name: t for t in gguf.GGUFReader(tiny_path).tensors}
     layers = [t for name, t in tensors.items() if name.startswith("blk.") and len(t.shape) > 1]
     output = tensors.get("output.weight", tensors["token_embd.weight"])
-    elements, logits, n_bytes = _native.work(tiny.address)
+    elements, logits, n_bytes = native.work(tiny.address)
     assert elements == sum(t.n_elements for t in layers) > 0 and logits == output.n_elements
     assert n_bytes == sum(t.n_bytes for t in [*layers, output])
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from pyps import ForkJoin, InputError, Limits, Sampling, ToolCall, tool
-from pyps.chat import Chat
-from pyps.context import Context, Span, join
-from pyps.layout import Layout, follow_up
+from pyps.engine.context import Context
+from pyps.engine.join import Span, join
+from pyps.forkjoin.chat import Chat
+from pyps.prompts.layout import Layout, follow_up
 
 GREEDY = Sampling(temperature=0, repeat_penalty=1, max_tokens=12, ignore_eos=True)
 

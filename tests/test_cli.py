@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import mapper_metadata, write_adapter, write_model
+from support.tiny import mapper_metadata, write_adapter, write_model
 
 TASK = "Which database should a small desktop app use?"
 BRANCHES = ["--branch", "Argue for SQLite.", "--branch", "Argue for PostgreSQL."]

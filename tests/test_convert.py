@@ -10,18 +10,18 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from oracle import Oracle
+from support.oracle import Oracle
+from support.tiny import write_adapter, write_model
 from test_cli import pyps
 from test_oracle import MODELS
 from test_train_synthesis import check_the_runtime
-from tiny import write_adapter, write_model
 
-from pyps.adapter import Adapter
-from pyps.convert.convert import from_gguf, read_base, to_gguf
+from pyps.adapters.adapter import Adapter
+from pyps.convert.gguf import from_gguf, read_base, to_gguf
 from pyps.convert.lora import read_adapter
 from pyps.convert.peft import read_checkpoint
+from pyps.engine.model import Model
 from pyps.errors import InputError
-from pyps.model import Model
 from pyps.train.mapper import CacheMapper
 from pyps.train.synthesis import Synthesis
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import llama_cpp
 import pytest
+from support.tiny import write_model
 from test_cli import pyps
-from tiny import write_model
 
-from pyps.context import Context
-from pyps.doctor import _fastest, examine
-from pyps.model import Model
-from pyps.tuned import Tuned, default_threads
+from pyps.engine.context import Context
+from pyps.engine.model import Model
+from pyps.engine.tuned import Tuned, default_threads, tuned
+from pyps.measure.doctor import _fastest, examine
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def test_a_model_that_can_be_joined(smollm2_path: Path) -> None:
 
 def test_what_suits_the_machine_is_kept_and_used(tiny_path: Path, tmp_path: Path) -> None:
     model = Model.load(tiny_path)
-    assert model.tuned == Tuned(default_threads(), 512)
+    assert tuned(model) == Tuned(default_threads(), 512)
     model.close()
     done = pyps("doctor", str(tiny_path))
     assert done.returncode == 0, done.stderr
@@ -49,7 +49,7 @@ def test_what_suits_the_machine_is_kept_and_used(tiny_path: Path, tmp_path: Path
     for damaged in ("", "[]", '{"threads": 0, "batch": 64}', '{"threads": 1}', '{"threads": "x", "batch": 1}'):
         kept.write_text(damaged)
         model = Model.load(tiny_path)
-        assert model.tuned == Tuned(default_threads(), 512)
+        assert tuned(model) == Tuned(default_threads(), 512)
         model.close()
 
 

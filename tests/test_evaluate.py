@@ -8,11 +8,11 @@ import pytest
 from test_cli import pyps, start, wait_for
 from test_train_synthesis import twin
 
-from pyps.adapter import Adapter
-from pyps.evaluate import MODES, evaluate, interval, summarise
-from pyps.examples.example import read_examples
-from pyps.examples.tokens import add_answers, lay_out
-from pyps.model import Model
+from pyps.adapters.adapter import Adapter
+from pyps.data.example import read_examples
+from pyps.data.tokens import add_answers, lay_out
+from pyps.engine.model import Model
+from pyps.measure.evaluate import MODES, evaluate, interval, summarise
 
 EXAMPLES = [
     {"task": "Who?", "branches": [{"text": "Ann."}, {"text": "Not Bob."}], "family": "f", "answer": ["x"]},

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from test_cli import pyps
 
+from pyps.data.example import Example, read_examples, write_examples
+from pyps.data.facts import split
+from pyps.data.families import FAMILIES, build
+from pyps.data.topics import TOPICS
 from pyps.errors import InputError
-from pyps.evaluate import read_suite
-from pyps.examples.example import Example, read_examples, write_examples
-from pyps.examples.facts import split
-from pyps.examples.families import FAMILIES, build
-from pyps.examples.topics import TOPICS
+from pyps.measure.evaluate import read_suite
 
 GOOD: dict[str, Any] = {"task": "Who?", "branches": [{"text": "It was Ann."}], "target": "Ann."}
 

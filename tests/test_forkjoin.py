@@ -9,7 +9,8 @@ from pathlib import Path
 
 import llama_cpp
 import pytest
-from tiny import mapper_metadata, write_adapter, write_model
+from support.contexts import context_with
+from support.tiny import mapper_metadata, write_adapter, write_model
 
 from pyps import (
     AnswerToken,
@@ -24,12 +25,13 @@ from pyps import (
     RefusedError,
     Result,
     Sampling,
-    long_prompts,
 )
-from pyps.context import Context, Span, join
-from pyps.generate import Generation, generate
-from pyps.layout import DEFAULT_SYNTHESIZE, Layout
-from pyps.model import Model
+from pyps.engine.context import Context
+from pyps.engine.generate import Generation, generate
+from pyps.engine.join import Span, join
+from pyps.engine.model import Model
+from pyps.forkjoin import long_prompts
+from pyps.prompts.layout import DEFAULT_SYNTHESIZE, Layout
 
 TASK = "Which database should a small desktop app use?"
 BRANCHES = ["Argue for SQLite.", "Argue for PostgreSQL.", "Argue for DuckDB."]
@@ -278,7 +280,7 @@ def test_an_adapter_is_used_by_the_synthesizer_only(tmp_path: Path, tiny_path: P
         assert fj.adapter.mapper is not None
         answers = []
         for use_mapper in (True, False):
-            with Context(fj.model, 512, 3) as branches, Context(fj.model, 1024, adapter=fj.adapter) as synthesizer:
+            with Context(fj.model, 512, 3) as branches, context_with(fj.adapter, fj.model, 1024) as synthesizer:
                 generations = [
                     Generation(branches, i, prompts.prefix + p, sampling) for i, p in enumerate(prompts.branches)
                 ]

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from pyps.context import Context, Span, join
+from pyps.engine.context import Context
+from pyps.engine.generate import Generation, generate
+from pyps.engine.join import Span, join
+from pyps.engine.model import Model
+from pyps.engine.sampling import Sampling
 from pyps.errors import InputError
-from pyps.generate import Generation, generate
-from pyps.model import Model
-from pyps.sampling import Sampling
 
 PROMPTS = ["The capital of France is", "Water boils at", "Once upon a time there was a small", "1, 2, 3, 4, 5,"]
 GREEDY = Sampling(temperature=0, max_tokens=24)

@@ -17,12 +17,14 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import pytest
-from caches import fill
-from tiny import write_adapter, write_model
+from support.caches import fill
+from support.contexts import context_with
+from support.tiny import write_adapter, write_model
 
-from pyps.adapter import Adapter
-from pyps.context import Context, Span, Token, join
-from pyps.model import Model
+from pyps.adapters.adapter import Adapter
+from pyps.engine.context import Context, Token
+from pyps.engine.join import Span, join
+from pyps.engine.model import Model
 
 PREFIX, BRANCHES, QUESTION = list(range(40, 50)), [list(range(100, 130)), list(range(60, 75))], [33, 34, 35, 36, 37]
 SPARE = 2  # a sequence of either context that the job does not use
@@ -224,7 +226,7 @@ def main(path: str, unified: str, adapter: str) -> None:
     model = Model.load(path)
     shape = SHAPE | ({"n_ctx": 768, "unified": True} if int(unified) else {})
     lora = Adapter(adapter, model) if adapter else None
-    with Context(model, **shape) as src, Context(model, adapter=lora, **shape) as dst:
+    with Context(model, **shape) as src, context_with(lora, model, **shape) as dst:
         tokens, logits = job(src, dst)
     print(json.dumps([tokens, logits.tolist()]))
 

@@ -1,6 +1,7 @@
 """The join, cell by cell: placement, contents, refusals, and that nothing else changes."""
 
 import ctypes
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,15 +11,16 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from caches import EPSILON, fill, hadamard, kl, quantisation_steps, read, rotate, round_to
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import HEAD_DIM, write_model
+from support.caches import EPSILON, fill, hadamard, kl, quantisation_steps, read, rotate, round_to
+from support.tiny import HEAD_DIM, write_model
 
-from pyps.context import Context, Span, Token, join
+from pyps.engine.context import Context, Token
+from pyps.engine.join import Span, join
+from pyps.engine.model import Model
+from pyps.engine.positions import check_joinable, rotated_layers
 from pyps.errors import EngineError, InputError, RefusedError
-from pyps.model import Model
-from pyps.native import _native
 
 N_LAYERS = 4
 
@@ -27,9 +29,8 @@ N_LAYERS = 4
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to compute a join, whatever device this is: a graph a layer, as on a CPU; all spans and layers at once,
     as on a GPU."""
-    both = _native.join
     together = request.param == "together"
-    monkeypatch.setattr(_native, "join", lambda *arguments: both(*arguments, together=together))
+    monkeypatch.setattr("test_join.join", functools.partial(join, together=together))
 
 
 @dataclass
@@ -247,19 +248,11 @@ def test_a_joined_sequence_goes_on_like_the_original(gemma3: Model, tiny: Model)
 
 
 def test_what_a_small_sliding_window_cache_has_forgotten_is_said(gemma3: Model) -> None:
-    params = llama_cpp.llama_context_default_params()
-    params.n_ctx, params.n_seq_max, params.flash_attn_type, params.swa_full = 1024, 1, 0, False
-    params.n_batch = params.n_ubatch = 64
-    with Context(gemma3, 1024) as src, Context(gemma3, 1024) as dst:
-        own, own_memory, n_batch = src._pointer, src._memory, src.n_batch
-        src._pointer = llama_cpp.llama_init_from_model(gemma3.pointer, params)
-        src._memory, src.n_batch = llama_cpp.llama_get_memory(src._pointer), 64
+    with Context(gemma3, 1024, swa_full=False, n_batch=64) as src, Context(gemma3, 1024) as dst:
         fill(src, 0, 600)
         with pytest.raises(InputError, match=r"sliding window .*swa_full"):
             join(src, dst, [Span(0, 100, 600, 0)])
         assert dst.end(0) == 0
-        llama_cpp.llama_free(src._pointer)
-        src._pointer, src._memory, src.n_batch = own, own_memory, n_batch
 
 
 def test_next_tokens_agree_with_llama_cpps_own_path(smollm2: Model) -> None:
@@ -580,7 +573,7 @@ def test_what_cannot_be_joined_is_refused(tmp_path: Path, tiny: Model) -> None:
 def test_models_that_cannot_be_joined_are_refused_by_name(tmp_path: Path, arch: str, reason: str) -> None:
     model = Model.load(write_model(tmp_path / "m.gguf", arch))
     with pytest.raises(RefusedError, match=f"'{arch}'.*{reason}"):
-        model.check_joinable()
+        check_joinable(model)
     if arch in ("bert", "llada"):
         with pytest.raises(RefusedError, match="no memory"):
             Context(model, 256)
@@ -597,7 +590,7 @@ def test_models_that_cannot_be_joined_are_refused_by_name(tmp_path: Path, arch: 
 )
 def test_which_layers_have_positions_is_found_by_trying(tmp_path: Path, arch: str, rotated: str) -> None:
     model = Model.load(write_model(tmp_path / "m.gguf", arch))
-    assert "".join(str(int(r)) for r in model.rotated_layers) == rotated
+    assert "".join(str(int(r)) for r in rotated_layers(model)) == rotated
     model.close()
 
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from tiny import write_model
+from support.tiny import write_model
 
+from pyps.engine.model import Model
 from pyps.errors import InputError
-from pyps.layout import Layout
-from pyps.model import Model
+from pyps.prompts.layout import Layout
 
 
 def text(model: Model, tokens: list[int]) -> str:

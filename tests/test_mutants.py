@@ -1,6 +1,6 @@
 """`make mutants` takes an hour; that each mutant still finds the line that it breaks takes none."""
 
-from mutants import MUTANTS, ROOT
+from support.mutants import MUTANTS, ROOT
 
 
 def test_every_mutant_finds_its_line() -> None:

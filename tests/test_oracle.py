@@ -16,15 +16,17 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from caches import kl
-from oracle import Oracle
-from tiny import mapper_metadata, write_adapter, write_model
+from support.caches import kl
+from support.contexts import context_with
+from support.oracle import Oracle
+from support.tiny import mapper_metadata, write_adapter, write_model
 
-from pyps.adapter import Adapter
-from pyps.context import Context, Span, Token, join, needs_flash_attn
-from pyps.mapper import Mapper
-from pyps.model import Model
-from pyps.models import find_model, requantise
+from pyps.adapters.adapter import Adapter
+from pyps.adapters.mapper import Mapper
+from pyps.engine.context import Context, Token, needs_flash_attn
+from pyps.engine.find import find_model, requantise
+from pyps.engine.join import Span, join
+from pyps.engine.model import Model
 
 _README = Path(__file__).parent.parent / "README.md"
 
@@ -153,7 +155,7 @@ class Twin:
         sequences = [self.tokens(sum(sizes), seed=90 + seed) for seed in range(n)]
         got: list[list[np.ndarray]] = [[] for _ in range(n)]
         adapter = self.adapter if lora else None
-        with Context(self.model, 256, n, kv_type=kv_type, flash_attn=flash_attn, n_logits=64, adapter=adapter) as ctx:
+        with context_with(adapter, self.model, 256, n, kv_type=kv_type, flash_attn=flash_attn, n_logits=64) as ctx:
             start = 0
             for size in sizes:
                 for seqs in [range(n)] if size == 1 else [[seq] for seq in range(n)]:
@@ -213,7 +215,7 @@ def run(twin: Twin, case: Case) -> tuple[np.ndarray, tuple[int, ...]]:
     adapter = twin.adapter if case.lora else None
     with (
         Context(twin.model, 512, 4, **layout) as branches,
-        Context(twin.model, 512, 2, n_logits=64, adapter=adapter, **layout) as synthesizer,
+        context_with(adapter, twin.model, 512, 2, n_logits=64, **layout) as synthesizer,
     ):
         steps = [[*job.prefix, *p, *o] for p, o in zip(job.prompts, job.outputs, strict=True)]
         for pos in range(max(map(len, steps))):  # in lock step

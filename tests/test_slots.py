@@ -11,15 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from caches import read
 from click.testing import CliRunner
-from tiny import HEAD_DIM, write_model
+from support.caches import read
+from support.tiny import HEAD_DIM, write_model
 
 from pyps import ForkJoin, InputError, Sampling
-from pyps.cli import main
-from pyps.context import Context, Span, join
-from pyps.native import _native
-from pyps.slots import load_slots, read_slots
+from pyps.cli.main import main
+from pyps.engine import native
+from pyps.engine.context import Context
+from pyps.engine.join import Span, join
+from pyps.engine.positions import rotated_layers
+from pyps.forkjoin.slots import load_slots, read_slots
 
 TASK = "Which database should a small desktop app use?"
 BRANCHES = ["Argue for SQLite.", "Argue for PostgreSQL.", "Argue for DuckDB."]
@@ -68,9 +70,9 @@ def test_every_cell_survives(tmp_path: Path, arch: str, kv_type: str) -> None:
             for a, b in zip(forked.cached, loaded.cached, strict=True):
                 assert (a.spans, a.tokens) == (b.spans, b.tokens)
                 ((start, end),) = a.spans
-                for layer in range(len(fj.model.rotated_layers)):
-                    before, _, *old = _native.read(forked.ctx.address, a.seq, layer)
-                    after, _, *new = _native.read(loaded.ctx.address, b.seq, layer)
+                for layer in range(len(rotated_layers(fj.model))):
+                    before, _, *old = native.read(forked.ctx.address, a.seq, layer)
+                    after, _, *new = native.read(loaded.ctx.address, b.seq, layer)
                     assert after == before[start:end] == list(range(start, end))
                     assert all((x[start:end] == y).all() for x, y in zip(old, new, strict=True))
 

@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 
 from pyps import InputError, Sampling, Tool, calculator, file_tools, sql_tools, tool
-from pyps.mcp_client import McpServer
+from pyps.agents.mcp_client import McpServer
 
 
 def named(tools: list[Tool], name: str) -> Tool:

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from support.tiny import write_model
 from test_cli import pyps
-from tiny import write_model
 
 from pyps import ForkJoin, Sampling
+from pyps.data.example import Example, ExampleBranch, read_examples
+from pyps.engine.model import Model
 from pyps.errors import InputError
-from pyps.examples.example import Example, ExampleBranch, read_examples
-from pyps.model import Model
 from pyps.train.config import read_config
 from pyps.train.data import prepare
 from pyps.train.report import PLOT, REPORT, read_log

@@ -8,17 +8,20 @@ import numpy as np
 import peft
 import pytest
 import torch
-from oracle import Oracle
+from support.contexts import context_with
+from support.oracle import Oracle
+from support.tiny import mapper_metadata, write_adapter, write_model
 from test_oracle import MODELS
-from tiny import mapper_metadata, write_adapter, write_model
 
-from pyps.adapter import Adapter
-from pyps.context import Context, Span, Token, join
+from pyps.adapters.adapter import Adapter
+from pyps.adapters.mapper import Mapper
 from pyps.convert.lora import Shape, read_adapter
 from pyps.convert.lora import write_adapter as export
-from pyps.examples.tokens import TokenExample
-from pyps.mapper import Mapper
-from pyps.model import Model
+from pyps.data.tokens import TokenExample
+from pyps.engine.context import Context, Token
+from pyps.engine.join import Span, join
+from pyps.engine.model import Model
+from pyps.engine.positions import rotated_layers
 from pyps.train.mapper import CacheMapper
 from pyps.train.synthesis import Synthesis
 
@@ -183,7 +186,7 @@ def in_the_runtime(model: Model, adapter: Adapter, e: TokenExample) -> np.ndarra
     """The student's logits of the answer, by llama.cpp."""
     with (
         Context(model, 256, len(e.branches), kv_type="f32") as branches,
-        Context(model, 256, kv_type="f32", adapter=adapter, n_logits=64) as ctx,
+        context_with(adapter, model, 256, kv_type="f32", n_logits=64) as ctx,
     ):
         spans = []
         for seq, (prompt, output) in enumerate(e.branches):
@@ -193,7 +196,7 @@ def in_the_runtime(model: Model, adapter: Adapter, e: TokenExample) -> np.ndarra
         if e.branch_point:
             join(branches, ctx, [Span(0, 0, e.branch_point, 0)])
         lengths = [len(o) for _, o in e.branches]
-        coefficients = adapter.mapper.coefficients(lengths, len(model.rotated_layers)) if adapter.mapper else None
+        coefficients = adapter.mapper.coefficients(lengths, len(rotated_layers(model))) if adapter.mapper else None
         join(branches, ctx, spans, 0, coefficients)
         start, said = ctx.end(0), [*e.synthesizer, *e.answer[:-1]]
         ctx.decode([Token(t, start + j, 0, logits=True) for j, t in enumerate(said)])

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from caches import read
-from oracle import Oracle, Span
-from tiny import mapper_metadata, write_adapter, write_model
+from support.caches import read
+from support.oracle import Oracle, Span
+from support.tiny import mapper_metadata, write_adapter, write_model
 
 from pyps import Branches, ForkJoin, Sampling
-from pyps.layout import DEFAULT_SYNTHESIZE, Layout, Prompts
+from pyps.prompts.layout import DEFAULT_SYNTHESIZE, Layout, Prompts
 
 SAMPLING = Sampling(temperature=1, seed=4, max_tokens=14, ignore_eos=True)
 N_LAYERS = 4

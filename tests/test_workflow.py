@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from pyps import ForkJoin, InputError, Sampling
-from pyps.cli import main
-from pyps.events import Done
-from pyps.workflow import read_workflow, run_workflow, set_variables, shipped_workflows
+from pyps.cli.main import main
+from pyps.forkjoin.events import Done
+from pyps.workflow.workflow import read_workflow, run_workflow, set_variables, shipped_workflows
 
 SHORT = ["--max-tokens", "16", "--temperature", "0", "--seed", "1"]
 

@@ -6,9 +6,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from pyps.adapters.format import LayoutName
+from pyps.adapters.mapper import FEATURES
 from pyps.errors import InputError
-from pyps.layout import LayoutName
-from pyps.mapper import FEATURES
 
 
 class _Strict(BaseModel):

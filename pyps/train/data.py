@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from pyps.examples.example import Example
-from pyps.examples.tokens import TokenExample, add_answers, lay_out
-from pyps.model import Model
+from pyps.data.example import Example
+from pyps.data.tokens import TokenExample, add_answers, lay_out
+from pyps.engine.model import Model
 
 _TOGETHER = 8  # examples for which branches and answers are generated in one batch
 

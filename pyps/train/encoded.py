@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pyps.examples.tokens import TokenExample
+from pyps.data.tokens import TokenExample
 from pyps.train.synthesis import Encoded
 
 

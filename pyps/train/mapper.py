@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pyps.mapper import FEATURES, RANGE, Mapper
+from pyps.adapters.mapper import FEATURES, RANGE, Mapper
 
 
 class CacheMapper(nn.Module):

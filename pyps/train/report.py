@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from pyps.plot import draw_training, save
+from pyps.measure.plot import draw_training, save
 
 REPORT, PLOT = "report.md", "report.png"
 

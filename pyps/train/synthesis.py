@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch import nn
 
-from pyps.examples.tokens import TokenExample
+from pyps.data.tokens import TokenExample
 from pyps.train.mapper import CacheMapper
 
 

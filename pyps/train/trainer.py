@@ -19,12 +19,12 @@ import yaml
 from pydantic import ValidationError
 from torch.nn.functional import cross_entropy
 
+from pyps.adapters.mapper import Mapper
 from pyps.convert.lora import Lora, Shape, read_adapter, write_adapter
+from pyps.data.example import read_examples
+from pyps.engine.find import find_adapter, find_model
+from pyps.engine.model import Model
 from pyps.errors import InputError
-from pyps.examples.example import read_examples
-from pyps.mapper import Mapper
-from pyps.model import Model
-from pyps.models import find_adapter, find_model
 from pyps.train.config import TrainConfig
 from pyps.train.data import prepare
 from pyps.train.encoded import EncodedStore

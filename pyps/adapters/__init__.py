@@ -1,0 +1,1 @@
+"""Adapters: the mapper, the LoRA, and the file that holds both."""

@@ -1,0 +1,1 @@
+"""Branches and synthesizers that take several turns and call tools."""

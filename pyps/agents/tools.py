@@ -1,0 +1,283 @@
+"""Tools that a branch may call: Python functions, some that are built in, and those of MCP servers.
+
+    @pyps.tool
+    def population(country: str) -> str:
+        "How many people live in a country."
+        return …
+
+Type hints say what the arguments are, and the docstring what the tool is for: a model sees both. Nothing that is built
+in writes, or runs programs.
+"""
+
+import ast
+import inspect
+import math
+import operator
+import re
+import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError, create_model
+from pydantic.json_schema import GenerateJsonSchema
+
+from pyps.errors import InputError
+
+_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_-]{0,63}$")
+ANSWER = "answer"  # what a branch "calls" when it has called enough
+
+_MAX_LISTED = 200  # files, and matching lines
+_MAX_ROWS = 100
+_MAX_DESCRIBED = 1000  # characters of tables and columns in a description
+_MAX_FILE = 1 << 20  # bytes that are read of a file
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A branch's call of a tool. `arguments` is as the model wrote them; `failed` says that the result is an error, the
+    time limit for one."""
+
+    name: str
+    arguments: Any
+    result: str
+    failed: bool
+    ms: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a branch with tools.
+
+    Attributes:
+        min_calls, max_calls: calls that it must, and may, make before it answers.
+        seconds: after which a call is given up.
+        result_tokens: to which a result is cut.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    min_calls: int = 0
+    max_calls: int = 4
+    seconds: float = 10.0
+    result_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_calls <= self.max_calls <= 100:
+            raise InputError(f"calls: 0 <= {self.min_calls} (least) <= {self.max_calls} (most) <= 100 is not so")
+        if not 0 < self.seconds <= 86400:
+            raise InputError(f"a call may take up to 86,400 seconds, and more than 0, not {self.seconds}")
+        if not 1 <= self.result_tokens < 2**20:
+            raise InputError(f"a result must be cut to at least 1 token, not {self.result_tokens}")
+
+
+JoinedPart = Literal["final", "generated", "everything"]
+
+
+@dataclass(frozen=True)
+class Tool:
+    """Something that a branch may call.
+
+    Attributes:
+        name, description: what the model knows it by.
+        parameters: JSON schema of its arguments, an object.
+        call: takes them as keywords; what it returns is given to the model as text. It may raise anything: the model is
+            told. Several branches may call it at once, each on a thread.
+    """
+
+    name: str
+    description: str
+    parameters: dict[str, Any]
+    call: Callable[..., Any]
+
+    def __post_init__(self) -> None:
+        if not _NAME.match(self.name) or self.name == ANSWER:
+            raise InputError(f"a tool cannot be named {self.name!r}: letters, digits, _ and -, and not {ANSWER!r}")
+
+    @property
+    def signature(self) -> str:
+        """For a prompt: sql(query) - Rows of …"""
+        return f"{self.name}({', '.join(self.parameters.get('properties', {}))}) - {self.description}"
+
+
+def tool(function: Callable[..., Any]) -> Tool:
+    """A function as a tool. Raises InputError if a parameter has no type hint, or one that JSON cannot express."""
+    fields: dict[str, Any] = {}
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise InputError(f"tool {function.__name__}: {name!r} must be an ordinary parameter")
+        if parameter.annotation is parameter.empty:
+            raise InputError(f"tool {function.__name__}: parameter {name!r} needs a type hint")
+        fields[name] = (parameter.annotation, ... if parameter.default is parameter.empty else parameter.default)
+    try:
+        arguments = create_model(function.__name__, **fields)
+        schema = TypeAdapter(arguments).json_schema(schema_generator=_Plain)
+    except Exception as error:
+        # pydantic's complaints about types are of several kinds
+        raise InputError(f"tool {function.__name__}: its parameters cannot be described in JSON: {error}") from None
+
+    def call(**given: Any) -> Any:
+        checked = arguments.model_validate(given)
+        return function(**{name: getattr(checked, name) for name in fields})
+
+    return Tool(function.__name__, " ".join((inspect.getdoc(function) or "").split()), schema, call)
+
+
+class _Plain(GenerateJsonSchema):
+    """Without titles, which say nothing and cost tokens."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def _inside(root: Path, path: str) -> Path:
+    """A path under root. Raises ValueError for one outside, through symbolic links too."""
+    real = root.resolve()
+    found = (real / path).resolve()
+    if not found.is_relative_to(real):
+        raise ValueError(f"{path} is outside the folder")
+    return found
+
+
+def file_tools(root: Path) -> list[Tool]:
+    """list_files, read_file and search_files, under one folder. Raises InputError if there is none."""
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"there is no folder {root}")
+
+    def files(folder: str) -> Iterator[Path]:
+        real = root.resolve()
+        for path in sorted(_inside(root, folder).rglob("*")):
+            if path.is_file() and path.resolve().is_relative_to(real):
+                yield path
+
+    def list_files(folder: str = ".") -> str:
+        """Names of the files in a folder."""
+        names = [path.relative_to(root.resolve()).as_posix() for path in files(folder)]
+        return "\n".join(names[:_MAX_LISTED]) or "no files"
+
+    def read_file(path: str) -> str:
+        """The text of a file."""
+        with _inside(root, path).open(encoding="utf-8", errors="replace") as file:
+            return file.read(_MAX_FILE)
+
+    def search_files(text: str, folder: str = ".") -> str:
+        """Lines of files that contain a text."""
+        found: list[str] = []
+        for path in files(folder):
+            with path.open(encoding="utf-8", errors="ignore") as file:
+                lines = enumerate(file.read(_MAX_FILE).splitlines(), 1)
+            name = path.relative_to(root.resolve()).as_posix()
+            found += [f"{name}:{n}: {line.strip()}" for n, line in lines if text.lower() in line.lower()]
+            if len(found) >= _MAX_LISTED:
+                break
+        return "\n".join(found[:_MAX_LISTED]) or "no line contains it"
+
+    return [tool(list_files), tool(read_file), tool(search_files)]
+
+
+def sql_tools(database: Path, seconds: float = 5.0) -> list[Tool]:
+    """sql and tables, on an SQLite file that they cannot change; what sql is described by names the tables. Raises
+    InputError if it is none."""
+    database = Path(database)
+    if not database.is_file():
+        raise InputError(f"there is no database {database}")
+
+    def rows_of(statement: str) -> str:
+        connection = sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True)
+        try:
+            connection.set_authorizer(_reads_only)
+            steps = iter(range(int(seconds * 1000)))
+            # asked every 100,000 instructions, about a millisecond's work
+            connection.set_progress_handler(lambda: next(steps, None) is None, 100_000)
+            cursor = connection.execute(statement)
+            if cursor.description is None:
+                return "nothing"
+            rows = cursor.fetchmany(_MAX_ROWS + 1)
+            lines = [" | ".join(name for name, *_ in cursor.description)]
+            lines += [" | ".join("" if value is None else str(value) for value in row) for row in rows[:_MAX_ROWS]]
+            if len(rows) > _MAX_ROWS:
+                lines.append("…")
+            return "\n".join(lines)
+        finally:
+            connection.close()
+
+    def sql(query: str) -> str:
+        """The rows of a SELECT."""
+        return rows_of(query)
+
+    def tables() -> str:
+        """The tables of the database, and their columns."""
+        return rows_of("SELECT sql AS tables FROM sqlite_master WHERE type IN ('table', 'view') AND sql IS NOT NULL")
+
+    try:
+        there = tables().splitlines()[1:]
+    except sqlite3.Error as error:
+        raise InputError(f"{database}: no SQLite database: {error}") from None
+    run = tool(sql)
+    # so that a model need not ask, or guess, first
+    named = " ".join(" ".join(there).split())[:_MAX_DESCRIBED]
+    return [replace(run, description=f"{run.description} The database: {named or 'no tables'}"), tool(tables)]
+
+
+# what a statement may do; everything else, ATTACH and PRAGMA among it, is denied
+_READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+
+
+def _reads_only(action: int, first: str | None, second: str | None, *_: str | None) -> int:
+    if action == sqlite3.SQLITE_FUNCTION and second == "load_extension":
+        return sqlite3.SQLITE_DENY
+    return sqlite3.SQLITE_OK if action in _READS else sqlite3.SQLITE_DENY
+
+
+_OPERATORS: dict[type, Callable[..., float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: lambda a, b: float(a) ** b,  # of floats: it overflows instead of taking all memory
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
+_FUNCTIONS: dict[str, Callable[..., float]] = {
+    "sqrt": math.sqrt, "log": math.log, "exp": math.exp, "sin": math.sin, "cos": math.cos, "tan": math.tan,
+    "abs": abs, "round": round, "floor": math.floor, "ceil": math.ceil, "min": min, "max": max,
+}  # fmt: skip
+
+
+@tool
+def calculator(expression: str) -> str:
+    """The value of an expression, like 17 * (3 + 4) or sqrt(2)."""
+    if len(expression) > 1000:
+        raise ValueError("the expression is too long")
+    value = _value(ast.parse(expression.strip(), mode="eval").body)
+    return str(int(value) if float(value).is_integer() and abs(value) < 1e15 else value)
+
+
+def _value(node: ast.expr) -> float:
+    match node:
+        case ast.Constant(value=int() | float() as value):
+            return float(value) if isinstance(value, int) and value.bit_length() > 1000 else value
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](_value(left), _value(right))
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](_value(operand))
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
+            return _FUNCTIONS[name](*map(_value, args))
+        case ast.Name(id="pi"):
+            return math.pi
+        case ast.Name(id="e"):
+            return math.e
+    raise ValueError(f"cannot calculate {ast.unparse(node)}")
+
+
+def explain(error: BaseException) -> str:
+    """What a model is told about a call that failed."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error) or type(error).__name__

@@ -1,0 +1,88 @@
+"""How many threads and which batch size suit a model on this machine: `pyps doctor MODEL` tries it (doctor.py); what it
+found is kept here, and every context uses it from then on."""
+
+import hashlib
+import json
+import os
+import platform
+import weakref
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import llama_cpp
+
+from pyps.engine.find import cache_dir
+from pyps.engine.model import Model
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """threads, and how many tokens of a prompt are computed at once."""
+
+    threads: int
+    batch: int
+
+
+def default_threads() -> int:
+    """Physical cores this process may use: two threads on one core slow llama.cpp down."""
+    cores = set()
+    for cpu in allowed_cpus():
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text().strip())
+        except OSError:
+            cores.add(str(cpu))
+    return len(cores)
+
+
+def allowed_cpus() -> set[int]:
+    """The CPUs that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or not a PC
+        return platform.processor() or platform.machine()
+
+
+_tuned: "weakref.WeakKeyDictionary[Model, Tuned]" = weakref.WeakKeyDictionary()
+
+
+def tuned(model: Model) -> Tuned:
+    """Return what suits this model on this machine: what `pyps doctor` found, or else the physical cores and batches
+    of 512 tokens. Read from disk once for each model that is open."""
+    if model not in _tuned:
+        _tuned[model] = _read_tuned(model)
+    return _tuned[model]
+
+
+def _read_tuned(model: Model) -> Tuned:
+    try:
+        values = json.loads(_path(model).read_text())
+        found = Tuned(int(values["threads"]), int(values["batch"]))
+        if 1 <= found.threads <= 512 and 1 <= found.batch <= 2**16:
+            return found
+    except (OSError, ValueError, TypeError, KeyError):
+        pass  # not tried yet, or not a file of ours
+    return Tuned(default_threads(), 512)
+
+
+def write_tuned(model: Model, found: Tuned) -> None:
+    """Keeps it for read_tuned; a cache that cannot be written to keeps nothing."""
+    path = _path(model)
+    partial = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(asdict(found)))
+        partial.replace(path)
+    except OSError:
+        pass
+
+
+def _path(model: Model) -> Path:
+    description = model.metadata.get("general.file_type"), model.n_layer, model.n_embd, model.n_vocab, model.arch
+    machine = cpu_name(), sorted(allowed_cpus()), llama_cpp.__version__, llama_cpp.llama_supports_gpu_offload()
+    return cache_dir() / "tuned" / f"{hashlib.sha256(repr((description, machine)).encode()).hexdigest()[:32]}.json"

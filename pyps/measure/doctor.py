@@ -1,0 +1,174 @@
+"""What this machine, this build and a model can do: found out by trying, not by looking it up."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import llama_cpp
+
+from pyps.engine import log
+from pyps.engine.context import KV_TYPES, Context, Token, needs_flash_attn, prefers_flash_attn
+from pyps.engine.find import Progress, no_progress
+from pyps.engine.model import Model
+from pyps.engine.positions import why_not_joinable
+from pyps.engine.tuned import Tuned, allowed_cpus, default_threads, write_tuned
+from pyps.errors import InputError, RefusedError
+from pyps.prompts.layout import Layout
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """`joinable` is empty if the caches of this model can be joined, otherwise the reason why not; `chat` likewise for
+    its chat template. kv_types: type -> empty, or why this model cannot have it. tuned: what suits it on this machine;
+    None for models that pyps does not run."""
+
+    file: str
+    name: str
+    arch: str
+    layers: int
+    trained_positions: int
+    joinable: str
+    chat: str
+    kv_types: dict[str, str]
+    tuned: Tuned | None
+
+
+@dataclass(frozen=True)
+class Report:
+    llama_cpp_python: str
+    system: str
+    threads: int
+    gpu: bool
+    model: ModelReport | None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False, indent=2)
+
+    def to_text(self) -> str:
+        lines = [
+            f"llama-cpp-python  {self.llama_cpp_python}, the version pyps was built for",
+            f"llama.cpp         {self.system}",
+            f"threads           {self.threads} (physical cores)",
+            f"GPU               {'yes' if self.gpu else 'no: built for the CPU only'}",
+        ]
+        if m := self.model:
+            lines += [
+                "",
+                f"model             {m.file}" + (f" ({m.name})" if m.name else ""),
+                f"architecture      {m.arch}, {m.layers} layers, trained on {m.trained_positions:,} positions",
+                f"cache mode        {'no: ' + m.joinable if m.joinable else 'yes'}",
+                f"chat template     {m.chat or 'yes'}",
+            ]
+            for name, reason in m.kv_types.items():
+                lines.append(f"KV {name:<15}{'no: ' + reason if reason else 'yes'}")
+            if m.tuned:
+                lines.append(
+                    f"fastest here      {m.tuned.threads} threads, {m.tuned.batch:,} tokens at once; used from now on"
+                )
+        return "\n".join(lines)
+
+
+def examine(path: Path | None, report: Progress = no_progress) -> Report:
+    """The machine and the build; with a path, the model as well, which takes some seconds. Raises InputError if that
+    cannot be loaded."""
+    with log.captured():
+        system = llama_cpp.llama_print_system_info().decode("utf-8", "replace").strip()
+    return Report(
+        llama_cpp_python=llama_cpp.__version__,
+        system=system,
+        threads=default_threads(),
+        gpu=bool(llama_cpp.llama_supports_gpu_offload()),
+        model=_examine_model(path, report) if path else None,
+    )
+
+
+def _examine_model(path: Path, report: Progress) -> ModelReport:
+    model = Model.load(path)
+    try:
+        template = "" if llama_cpp.llama_model_chat_template(model.pointer, None) else "none: ChatML is used"
+        try:
+            Layout(model, "shared", "A task.", None, "An instruction.")
+        except InputError as error:
+            template = f"no: {error}"
+        kv_types = {}
+        for name in KV_TYPES:
+            try:
+                Context(model, 256, kv_type=name, flash_attn=needs_flash_attn(name)).close()
+                kv_types[name] = ""
+            except InputError as error:
+                kv_types[name] = str(error)
+        report("trying what suits this machine", None)
+        return ModelReport(
+            file=path.name,
+            name=model.metadata.get("general.name", ""),
+            arch=model.arch,
+            layers=model.n_layer,
+            trained_positions=model.n_ctx_train,
+            joinable=why_not_joinable(model),
+            chat=template,
+            kv_types=kv_types,
+            tuned=_tune(model),
+        )
+    finally:
+        model.close()
+
+
+_SURELY = 0.95  # of the default's time: what is not faster by this much may be noise
+_PROMPT, _ANSWER, _LONG = 32, 8, 512  # tokens
+_PATIENCE = 10.0  # seconds: a long prompt that would take longer is not tried
+
+
+def _tune(model: Model) -> Tuned | None:
+    """Tries numbers of threads on a short prompt and a short answer, and batch sizes on a long prompt."""
+    try:
+        model.check_generates()
+        with Context(model, 256) as ctx:
+            ctx.warm_up()
+    except (InputError, RefusedError):
+        return None
+    physical, logical = default_threads(), len(allowed_cpus())
+    threads = _fastest(physical, {max(physical // 2, 1), physical, logical}, lambda n: _time_short(model, n))
+    batch = 512
+    with Context(model, _PROMPT, threads=threads) as ctx:
+        began = time.perf_counter()
+        ctx.prefill(0, [0] * _PROMPT)
+        ctx.synchronize()
+        expected = (time.perf_counter() - began) * _LONG / _PROMPT
+    if expected < _PATIENCE:
+        batch = _fastest(batch, {256, 512}, lambda n: _time_long(model, threads, n))
+    found = Tuned(threads, batch)
+    write_tuned(model, found)
+    return found
+
+
+def _fastest(default: int, candidates: set[int], seconds: Callable[[int], float]) -> int:
+    """The default, unless another is surely faster. Tried in turn, three times: medians."""
+    times: dict[int, list[float]] = {n: [] for n in candidates}
+    for _ in range(3):
+        for n in times:
+            times[n].append(seconds(n))
+    best = min(times, key=lambda n: median(times[n]))
+    return best if median(times[best]) < _SURELY * median(times[default]) else default
+
+
+def _time_short(model: Model, threads: int) -> float:
+    with Context(model, _PROMPT + _ANSWER, threads=threads) as ctx:
+        ctx.warm_up()
+        began = time.perf_counter()
+        ctx.prefill(0, [0] * _PROMPT)
+        for i in range(_ANSWER):
+            ctx.decode([Token(0, _PROMPT + i, 0, logits=True)])
+        ctx.synchronize()
+        return time.perf_counter() - began
+
+
+def _time_long(model: Model, threads: int, batch: int) -> float:
+    with Context(model, _LONG, threads=threads, n_batch=batch, flash_attn=prefers_flash_attn("f16")) as ctx:
+        ctx.warm_up()
+        began = time.perf_counter()
+        ctx.prefill(0, [0] * _LONG)
+        ctx.synchronize()
+        return time.perf_counter() - began

@@ -1,0 +1,1 @@
+"""Workflow files: fork-joins described in YAML, one after the other."""

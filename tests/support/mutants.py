@@ -1,0 +1,327 @@
+"""Breaks the implementation on purpose, one line at a time, and sees whether the tests notice: `make mutants`.
+
+A test that cannot fail shows nothing. Each mutant is a copy of the repository with one line changed, built into an
+environment of its own; the tests named with it must fail there, and pass in a copy that is left as it is. With
+arguments: only the mutants in whose names they occur.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    line: str  # what is there
+    wrong: str
+    tests: tuple[str, ...]
+
+
+ROTATION = "tests/test_join.py::test_contents_after_rotation_and_mapping"
+MOVED = "tests/test_join.py::test_a_moved_span_is_what_llama_cpp_computes_there"
+TRIED = "tests/test_join.py::test_which_layers_have_positions_is_found_by_trying"
+ORACLE = "tests/test_oracle.py"
+SYNTHESIS = "tests/test_train_synthesis.py"
+
+MUTANTS = [
+    Mutant(
+        "the rotation has the wrong sign",
+        "native/join.cpp",
+        "shift.insert(shift.end(), part.n, part.delta);",
+        "shift.insert(shift.end(), part.n, -part.delta);",
+        (ROTATION, TRIED),
+    ),
+    Mutant(
+        "the Hadamard matrices are skipped",
+        "native/join.cpp",
+        "        if (!matrix) {",
+        "        if (matrix || !matrix) {",
+        ("tests/test_join.py::test_contents_of_quantised_caches", f"{ORACLE}[llama-64-q8_0-flash_attn-equal-lora]"),
+    ),
+    Mutant(
+        "V is left unmapped",
+        "native/join.cpp",
+        "        return mapped(v, p, affine, &Affine::a_v, &Affine::b_v);",
+        "        (void) p; (void) affine; return v;",
+        (ROTATION, f"{ORACLE}[llama-f32-prefix-equal-mapped-lora]"),
+    ),
+    Mutant(
+        "the mapper's layer is off by one",
+        "native/join.cpp",
+        "&affine[p.first_span * rotates.size() + from.number]",
+        "&affine[p.first_span * rotates.size() + (from.number + 1) % rotates.size()]",
+        (ROTATION, f"{ORACLE}[llama-f32-prefix-equal-mapped-lora]"),
+    ),
+    Mutant(
+        "in one graph for all, spans are mapped as the first one",
+        "native/join.cpp",
+        "const Affine & first = affine[i * n_layers_];",
+        "const Affine & first = affine[0];",
+        (ROTATION,),
+    ),
+    Mutant(
+        "global layers are turned by the sliding window's RoPE base",
+        "native/cache.cpp",
+        "model.get_rope_freq_base(cp, il)",
+        "model.get_rope_freq_base(cp, 0)",
+        ("tests/test_join.py::test_both_caches_of_a_sliding_window_model",),
+    ),
+    Mutant(
+        "YaRN's magnitude is applied twice",
+        "native/join.cpp",
+        "r.ext_factor == 0.0f ? 1.0f : 1.0f / (1.0f + 0.1f * logf(1.0f / r.freq_scale));",
+        "1.0f;",
+        (f"{MOVED}[llama-yarn]", f"{ORACLE}[gpt-oss-f32-prefix-equal-mapped-lora]"),
+    ),
+    Mutant(
+        "layers without positions are turned",
+        "pyps/engine/positions.py",
+        "rotated.append(False)",
+        "rotated.append(True)",
+        (TRIED, "tests/test_join.py::test_every_layer_is_turned_by_its_own_rope"),
+    ),
+    Mutant(
+        "keys that RoPE does not explain are accepted",
+        "pyps/engine/positions.py",
+        "elif _same(moved, k1):",
+        "elif True:",
+        ("tests/test_join.py::test_models_that_cannot_be_joined_are_refused_by_name",),
+    ),
+    Mutant(
+        "what is queued is not carried out first",
+        "native/join.cpp",
+        "    src.settle();\n    dst.settle();",
+        "",
+        (
+            "tests/test_join.py::test_a_queued_copy_does_not_overwrite_joined_cells",
+            "tests/test_interference.py::test_a_past_changes_nothing",
+        ),
+    ),
+    Mutant(
+        "what an aborted join has written stays",
+        "native/join.cpp",
+        "            job.dst.zero(job.reservation);",
+        "",
+        ("tests/test_join.py::test_an_aborted_join_leaves_the_destination_as_it_was",),
+    ),
+    Mutant(
+        "contexts with other RoPE settings are accepted",
+        "native/join.cpp",
+        "if (!(from[i].rope == to[i].rope)) {",
+        "if (false) {",
+        (
+            "tests/test_join.py::test_long_rope_does_not_mix",
+            "tests/test_join.py::test_contexts_that_encode_positions_differently_are_refused",
+        ),
+    ),
+    Mutant(
+        "cells are taken in the order of the cache, not of positions",
+        "native/join.cpp",
+        "            p.src.push_back(c);",
+        "            p.src.insert(std::upper_bound(p.src.begin(), p.src.end(), c, by_index), c);",
+        ("tests/test_join.py::test_any_joins_do_what_the_model_says",),
+    ),
+    Mutant(
+        "training turns the branches the wrong way",
+        "pyps/data/tokens.py",
+        "            delta += [to - len(self.prefix) - len(prompt)] * n",
+        "            delta += [len(self.prefix) + len(prompt) - to] * n",
+        (f"{SYNTHESIS}::test_it_computes_what_the_oracle_computes[llama]",),
+    ),
+    Mutant(
+        "spans in order all begin at the branch point",
+        "pyps/prompts/layout.py",
+        "(sum(lengths[:i]) if in_order else 0)",
+        "0",
+        ("tests/test_forkjoin.py::test_an_adapter_is_used_by_the_synthesizer_only[True]",),
+    ),
+    Mutant(
+        "no gradient reaches the mapper",
+        "pyps/train/synthesis.py",
+        "            a_k, b_k, a_v, b_v = _columns(table[:, i][span])",
+        "            a_k, b_k, a_v, b_v = _columns(table[:, i][span].detach())",
+        (f"{SYNTHESIS}::test_gradients_through_the_join",),
+    ),
+    Mutant(
+        "kept K and V change places",
+        "pyps/train/encoded.py",
+        "        k, v = cells.view(2, layers, heads, -1, head_dim)",
+        "        v, k = cells.view(2, layers, heads, -1, head_dim)",
+        ("tests/test_train.py::test_a_disk_without_room_for_what_is_kept",),
+    ),
+    Mutant(
+        "a resumed run begins its learning rate anew",
+        "pyps/train/trainer.py",
+        '        self._schedule.load_state_dict(state["schedule"])',
+        "        pass",
+        ("tests/test_train.py::test_an_interrupted_run_ends_as_one_that_was_not",),
+    ),
+    Mutant(
+        "rows of q and k stay as they are",
+        "convert/lora.py",
+        "        return b.reshape(heads, 2, -1, b.shape[1]).swapaxes(1, 2).reshape(b.shape)",
+        "        return b",
+        ("tests/test_convert.py::test_peft_directories[llama]",),
+    ),
+    Mutant(
+        "rsLoRA is taken for LoRA",
+        "convert/peft.py",
+        '        scaling = wanted / (math.sqrt(rank) if config.get("use_rslora") else rank)',
+        "        scaling = wanted / rank",
+        ("tests/test_convert.py::test_ranks_and_alphas_that_differ_between_layers[config2]",),
+    ),
+    Mutant(
+        "a mapper's file may hold a program",
+        "convert/peft.py",
+        '        state = torch.load(path, map_location="cpu", weights_only=True)',
+        '        state = torch.load(path, map_location="cpu", weights_only=False)',
+        ("tests/test_convert.py::test_no_program_in_a_checkpoint_is_run",),
+    ),
+    Mutant(
+        "KL divergence the other way round",
+        "pyps/measure/evaluate.py",
+        "                kl = (np.exp(reference.logs) * (reference.logs - logs)).sum(-1)",
+        "                kl = (np.exp(logs) * (logs - reference.logs)).sum(-1)",
+        ("tests/test_evaluate.py::test_measures_are_those_of_pytorch[shared]",),
+    ),
+    Mutant(
+        "V is written to disk as it lies in the cache",
+        "native/rows.cpp",
+        "        transpose(v + run.from * v_row, channels.data(), l.n_embd_v, run.n, size);",
+        "        std::memcpy(v + run.from * v_row, channels.data(), channels.size());",
+        ("tests/test_slots.py::test_every_cell_survives[llama-f16]",),
+    ),
+    Mutant(
+        "the hash of a file is not looked at",
+        "pyps/forkjoin/slots.py",
+        "_hash(path, size) != _tail(path)",
+        "False",
+        ("tests/test_slots.py::test_the_command_line",),
+    ),
+    Mutant(
+        "branches of one context are mapped as those of another",
+        "pyps/forkjoin/forkjoin.py",
+        "None if affine is None else affine[of]",
+        "None if affine is None else affine[: len(of)]",
+        ("tests/test_tree.py::test_its_caches_are_the_oracles[qwen2]",),
+    ),
+    Mutant(
+        "what is left out of a branch leaves a gap",
+        "pyps/forkjoin/forkjoin.py",
+        "                    to += end - start",
+        "                    to += end - start + 1",
+        ("tests/test_agent.py::test_what_is_joined[generated]",),
+    ),
+    Mutant(
+        "control tokens in data are control tokens",
+        "pyps/engine/model.py",
+        '        return self._control.sub(lambda found: f"\\ue001{found[0]}\\ue002", text)',
+        "        return text",
+        (
+            "tests/test_layout.py::test_control_tokens_in_data_stay_text",
+            "tests/test_agent.py::test_tool_results_stay_data",
+        ),
+    ),
+]
+
+
+def build(folder: Path, mutant: Mutant | None) -> Path:
+    """A copy of the repository, changed, built and installed; returns its Python."""
+    copy = folder / "copy"
+    for name in subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    if mutant:
+        path = copy / mutant.file
+        text = path.read_text()
+        assert text.count(mutant.line) == 1, f"{mutant.file} does not have this once: {mutant.line}"
+        path.write_text(text.replace(mutant.line, mutant.wrong))
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
+    python = folder / "venv" / "bin" / "python"
+    # everything but pyps comes from here; a path in a .pth file does not bring our editable pyps along
+    ours = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    parent = sysconfig.get_path("purelib")
+    Path(ours, "parent.pth").write_text(parent)
+    Path(ours, "llama_cpp").symlink_to(Path(parent, "llama_cpp"))  # beside pyps, as its libraries expect
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--ignore-installed",
+        copy,
+    ]
+    subprocess.run(pip, check=True)
+    shutil.rmtree(copy / "pyps")  # or tests would import these sources, not what was built from them
+    return python
+
+
+def failures(python: Path, copy: Path, tests: tuple[str, ...]) -> list[str]:
+    """Which of the tests fail. "file.py[case]" is a case of the file's only test."""
+    found = []
+    for test in tests:
+        words = [test]
+        if "[" in test and "::" not in test:
+            file, case = test.removesuffix("]").split("[")
+            words = [file, "-m", "exact or not exact", "-k", f"[{case}]"]
+        done = subprocess.run(
+            [python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *words],
+            cwd=copy,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        )
+        # 1: tests have failed. Negative: the process died, which is noticed, too. Others: pytest could not run them
+        if done.returncode == 1 or done.returncode < 0:
+            found.append(test)
+        elif done.returncode:
+            raise SystemExit(f"{test} could not be run:\n{done.stdout}{done.stderr}")
+    return found
+
+
+def main() -> None:
+    survived = []
+    chosen = [m for m in MUTANTS if all(word in m.name for word in sys.argv[1:])]
+    for mutant in [None, *chosen]:
+        tests = mutant.tests if mutant else tuple(dict.fromkeys(t for m in chosen for t in m.tests))
+        with tempfile.TemporaryDirectory() as folder:
+            python = build(Path(folder), mutant)
+            failed = failures(python, Path(folder) / "copy", tests)
+        if mutant is None:
+            if failed:
+                raise SystemExit(f"fail without a mutant: {', '.join(failed)}")
+            print(f"{len(tests)} tests pass on the code as it is", flush=True)
+            continue
+        print(
+            f"{mutant.name}\n" + "\n".join(f"  {'caught by' if t in failed else 'NOT BY'} {t}" for t in tests),
+            flush=True,
+        )
+        if set(tests) - set(failed):
+            survived.append(mutant.name)
+    if survived:
+        raise SystemExit(f"not noticed: {'; '.join(survived)}")
+    print(f"{len(chosen)} mutants, all noticed")
+
+
+if __name__ == "__main__":
+    main()
