@@ -1,17 +1,48 @@
-"""The exceptions of pyps. Whatever a caller passes in ends in a result or in one of these."""
+"""The exceptions of pyps. Whatever a caller passes in ends in a result or in one of these.
+
+PypsError                    exit code 1
+├── InputError               2: a mistake in the request
+│   └── RefusedError         2: a model that cannot do what is asked for
+├── MachineError             1: the network, the disk or the memory
+└── EngineError              1: llama.cpp
+"""
+
+from typing import ClassVar
+
+from pydantic import ValidationError
 
 
 class PypsError(Exception):
-    """Base of all exceptions that pyps raises on purpose."""
+    """The base of all exceptions that pyps raises on purpose.
+
+    Attributes:
+        exit_code: What the command line ends with after one.
+    """
+
+    exit_code: ClassVar[int] = 1
 
 
 class InputError(PypsError, ValueError):
     """Something that was asked for is wrong or does not fit; the message says what to change."""
+
+    exit_code: ClassVar[int] = 2
 
 
 class RefusedError(InputError):
     """This model's cache cannot be joined; the message names the architecture and the reason."""
 
 
+class MachineError(PypsError, OSError):
+    """The network, the disk or the memory failed at something that was asked for rightly."""
+
+
 class EngineError(PypsError, RuntimeError):
     """llama.cpp failed at something that should have worked, or its computation was aborted."""
+
+
+def first_of(error: ValidationError) -> tuple[tuple[int | str, ...], str]:
+    """Return where pydantic's first complaint is, as keys and indices, and the complaint as a sentence."""
+    first = error.errors()[0]
+    if first["type"] == "extra_forbidden":
+        return first["loc"], f"there is no such key: {first['loc'][-1]}"
+    return first["loc"], first["msg"].removeprefix("Value error, ")

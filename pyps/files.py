@@ -1,0 +1,92 @@
+"""Files that are written whole or not at all."""
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from pyps.errors import InputError, MachineError
+
+
+def check_writable(path: Path, what: str = "file") -> None:
+    """Raise InputError if a file could not be written there: better before the work than after it.
+
+    Args:
+        path: The file that is to be written.
+        what: What it is, for the message ("picture").
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name the {what} to write")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: cannot be written: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: cannot be written: the folder {path.parent} is not writable for you")
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yield a new, empty file beside `path` that takes its place when the block ends.
+
+    Whoever reads `path` sees the old content or the new one, never a part: the new file is flushed to the disk and
+    renamed. If the block raises, `path` is left as it was. The new file has a random name that nobody else uses, keeps
+    the mode of the file that it replaces, and is the only thing that is ever removed. A symbolic link stays one: its
+    target is replaced.
+
+    Args:
+        path: The file to write. Its folder must exist.
+
+    Raises:
+        MachineError: The disk is full or fails, or the folder cannot be written to.
+    """
+    target = Path(os.path.realpath(path))
+    partial: Path | None = None
+    try:
+        partial = _create_beside(target)
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+        partial = None
+        _sync_folder(target.parent)
+    except MachineError:
+        raise
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if partial is not None:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+def _create_beside(target: Path) -> Path:
+    """Create an empty file with a name of its own, and the mode that the target has or a new file would have."""
+    try:
+        mode = stat.S_IMODE(target.stat().st_mode)
+    except FileNotFoundError:
+        mode = None
+    while True:
+        # 255 bytes is the longest name of most file systems: a long target must not make ours too long. The suffix
+        # stays, since libraries choose a format by it.
+        partial = target.with_name(f".{target.stem[:40]}-{secrets.token_hex(8)}{target.suffix[:20]}")
+        try:
+            descriptor = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        except FileExistsError:
+            continue
+        try:
+            if mode is not None:
+                os.fchmod(descriptor, mode)
+        finally:
+            os.close(descriptor)
+        return partial
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renaming itself last: on Linux a folder's entries are flushed apart from a file's content."""
+    with contextlib.suppress(OSError):  # some file systems cannot
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
