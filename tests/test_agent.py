@@ -11,7 +11,7 @@ import pytest
 from support.caches import read
 
 from pyps import Branch, ForkJoin, InputError, Limits, Result, Sampling, Tool, ToolCalled, calculator, tool
-from pyps.agents.agent import choices, instruct
+from pyps.agents.agent import Assignment
 from pyps.engine.context import Context
 from pyps.engine.generate import Generation, generate
 from pyps.prompts.layout import Layout
@@ -131,7 +131,7 @@ def test_what_is_joined(tiny_path: Path, joined: str) -> None:
         assert ("Give your answer, in plain words." in cached.result.text) == (joined == "everything")
         # every token is where it is said to be: the same keys as when the whole sequence is read at once
         layout = Layout(fj.model, fj.layout, TASK, None, "")
-        prompt = layout.prompts([instruct("Go", [capital])])
+        prompt = layout.prompts([Assignment(instruction="Go", sampling=sampling, tools=(capital,)).text])
         everything = fj.fork(TASK, [replace(branch, joined="everything")], sampling=sampling)
         start = everything.cached[0].spans[0][0]
         with Context(fj.model, 2048) as again:
@@ -230,14 +230,14 @@ def test_a_grammar_that_no_token_fits(tiny_path: Path) -> None:
 
 
 def test_choices() -> None:
-    grammar = choices([capital, calculator], may_answer=True)
-    assert "answer" in grammar
-    assert "answer" not in choices([capital, calculator], may_answer=False)
+    assignment = Assignment(instruction="Go", sampling=GREEDY, tools=(capital, calculator))
+    assert "answer" in assignment.choice_grammar(may_answer=True)
+    assert "answer" not in assignment.choice_grammar(may_answer=False)
     odd = Tool("odd", "", {"type": "nonsense"}, print)
     with pytest.raises(InputError, match="JSON schema"):
-        choices([odd], may_answer=False)
-    assert instruct("Go", []) == "Go"
-    assert "- capital(country) - The capital of a country." in instruct("Go", [capital])
+        replace(assignment, tools=(odd,)).choice_grammar(may_answer=False)
+    assert replace(assignment, tools=()).text == "Go"
+    assert "- capital(country) - The capital of a country." in assignment.text
 
 
 def test_generation_still_needs_no_tools(tiny_path: Path) -> None:

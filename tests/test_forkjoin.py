@@ -30,7 +30,7 @@ from pyps.engine.context import Context
 from pyps.engine.generate import Generation, generate
 from pyps.engine.join import Span, join
 from pyps.engine.model import Model
-from pyps.forkjoin import long_prompts
+from pyps.forkjoin import synthesis
 from pyps.prompts.layout import DEFAULT_SYNTHESIZE, Layout
 
 TASK = "Which database should a small desktop app use?"
@@ -198,7 +198,7 @@ def test_a_long_prompt_is_read_with_flash_attention_and_moved(smollm2: Model, mo
     """In both modes: what the answer sees is the same, and it can be kept."""
     found = []
     for least in (16, 10**6):
-        monkeypatch.setattr(long_prompts, "_LONG", least)
+        monkeypatch.setattr(synthesis, "_LONG_PROMPT", least)
         fj = ForkJoin(smollm2, layout="paper", kv_type="f32")
         result = fj.run(TASK, BRANCHES, sampling=GREEDY, compare=True, keep=True)
         assert result.kept and result.compare

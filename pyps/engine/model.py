@@ -5,6 +5,7 @@ import functools
 import hashlib
 import re
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -216,6 +217,10 @@ class Model:
             if n >= 0:
                 return buffer.raw[:n]
             size = -n
+
+    def text(self, tokens: Iterable[int]) -> str:
+        """Return what tokens say; bytes that are no UTF-8 are replaced, and control tokens are left out."""
+        return b"".join(map(self.piece, tokens)).decode(errors="replace")
 
     def ends(self, token: int) -> bool:
         """True for tokens that end a generation (end of turn, end of text)."""

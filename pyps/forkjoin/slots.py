@@ -43,7 +43,7 @@ class _Saved(BaseModel):
     prompt: str
     text: str
     tokens: int = Field(ge=0)
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "error"]
 
 
 _SAVED = TypeAdapter(list[_Saved])
