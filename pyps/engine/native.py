@@ -39,8 +39,7 @@ except ImportError as error:
     ) from error
 if llama_cpp_version != llama_cpp.__version__:
     raise ImportError(
-        f"pyps was built for llama-cpp-python {llama_cpp_version}, but {llama_cpp.__version__} is installed: "
-        f"{_FIX}."
+        f"pyps was built for llama-cpp-python {llama_cpp_version}, but {llama_cpp.__version__} is installed: {_FIX}."
     )
 
 __all__ = [
