@@ -1,6 +1,7 @@
 # make demo    build everything into .venv and run a fork-join on the default model
 # make test    the same, with the test dependencies; then lint and the whole test suite
-# make lint    ruff and mypy
+# make lint    ruff, clang-format and mypy
+# make fix     what ruff and clang-format can put right by themselves
 # make exact   the comparison with the oracle alone; writes docs/exactness.md
 # make mutants breaks the implementation on purpose, line by line, and sees whether the tests notice
 # make soak    a thousand forks, joins and generations in one process: memory must stay where it is
@@ -36,7 +37,7 @@ WHEELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/pyps/wheels/$(LLAMA)-$(KEY)
 
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_FIND_LINKS="$(WHEELS) $(PIP_FIND_LINKS)" $(BIN)/python -m pip
 
-.PHONY: demo test lint exact mutants soak bench bench-slots bench-compare adapter clean
+.PHONY: demo test lint fix exact mutants soak bench bench-slots bench-compare adapter clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -49,7 +50,13 @@ test: lint
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror native/*
 	$(BIN)/mypy
+
+fix: $(VENV)/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i native/*
 
 exact: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests/test_oracle.py -m "exact or not exact" --write-exactness
