@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pyps.errors import InputError, MachineError
-from pyps.files import check_writable, whole
+from pyps.files import check_writable, whole, whole_folder
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
@@ -110,7 +110,36 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
         raise AssertionError("nothing is done")
 
 
-def test_what_cannot_be_written_is_said_before(tmp_path: Path) -> None:
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "folder"
+    with whole_folder(target) as partial:
+        (partial / "a").write_text("content")
+        assert not target.exists()
+        assert partial.parent == target.parent
+    assert (target / "a").read_text() == "content"
+    assert list(target.parent.iterdir()) == [target]
+    (tmp_path / "plain").mkdir()
+    assert target.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_failure_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), whole_folder(tmp_path / "folder") as partial:
+        (partial / "a").write_text("half")
+        raise KeyError
+    with pytest.raises(MachineError, match="folder: cannot be written"), whole_folder(tmp_path / "folder") as partial:
+        raise OSError("the disk fails")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    for path, message in ((tmp_path, "exists"), (tmp_path / "file", "exists"), (tmp_path / "file" / "a", "cannot be")):
+        with pytest.raises(InputError, match=message), whole_folder(path):
+            raise AssertionError("nothing is done")
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_an_unwritable_place_is_reported_before(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a folder"):
         check_writable(tmp_path)
     with pytest.raises(InputError, match="there is no folder"):
