@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from pyps.adapters.mapper import Mapper
 from pyps.convert.lora import Lora
-from pyps.errors import InputError, MachineError
+from pyps.errors import InputError
 from pyps.files import whole_folder
 
 # where the published checkpoints keep their files
@@ -218,7 +218,7 @@ def _write_lora(folder: Path, lora: Lora, alpha: float, base_name: str) -> None:
     try:
         save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise MachineError(f"{_WEIGHTS}: cannot be written: {error}") from None
+        raise OSError(str(error)) from None  # a full disk, for instance
 
 
 def _write_mapper(folder: Path, mapper: Mapper) -> None:

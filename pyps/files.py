@@ -54,7 +54,7 @@ def whole(path: Path) -> Iterator[Path]:
     except MachineError:
         raise
     except OSError as error:
-        raise MachineError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise _cannot_write(path, error) from error
     finally:
         if partial is not None:
             with contextlib.suppress(OSError):
@@ -91,7 +91,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except MachineError:
         raise
     except OSError as error:
-        raise MachineError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise _cannot_write(path, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # it is gone already if it has been renamed
 
@@ -116,6 +116,11 @@ def _create_beside(target: Path) -> Path:
         finally:
             os.close(descriptor)
         return partial
+
+
+def _cannot_write(path: Path, error: OSError) -> MachineError:
+    # NumPy's errors say only how many bytes were written
+    return MachineError(f"{path}: cannot be written: {error.strerror or f'is the disk full? ({error})'}")
 
 
 def _sync(path: Path) -> None:

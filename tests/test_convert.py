@@ -67,10 +67,10 @@ def test_the_published_layout(tmp_path: Path) -> None:
     path, synthesis = trained(tmp_path, "qwen3")
     save(tmp_path / "c" / "step_checkpoints" / "latest", synthesis, embeddings=True)
     out = tmp_path / "a.gguf"
-    done = pyps("convert", str(tmp_path / "c"), "--base", str(path), "-o", str(out), "--type", "f32")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(out)
-    assert "left out 2 tensors that are no LoRA: base_model.model.lm_head.weight" in done.stderr
+    process = pyps("convert", str(tmp_path / "c"), "--base", str(path), "-o", str(out), "--type", "f32")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == str(out)
+    assert "left out 2 tensors that are no LoRA: base_model.model.lm_head.weight" in process.stderr
     compare(path, out, synthesis)
     model = Model.load(path)
     assert Adapter(out, model).layout == "paper"
@@ -146,8 +146,8 @@ def test_averages(tmp_path: Path) -> None:
     other = save(tmp_path / "other", synthesis)
     out = tmp_path / "a.gguf"
     sources = [str(one), str(other)]
-    done = pyps("convert", *sources, "--base", str(path), "-o", str(out), "--type", "f32", "--weights", "3,1")
-    assert done.returncode == 0, done.stderr
+    process = pyps("convert", *sources, "--base", str(path), "-o", str(out), "--type", "f32", "--weights", "3,1")
+    assert process.returncode == 0, process.stderr
     _, merged = read_adapter(out, read_base(path).shape)
     original = read_checkpoint(one)
     for module, (a, b) in original.lora.items():
@@ -291,9 +291,9 @@ def test_a_full_disk_is_the_machines_fault(tmp_path: Path, back: bool) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
         f"{call}\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert "MachineError" in done.stderr, done.stderr
-    assert "cannot be written" in done.stderr
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "MachineError" in process.stderr, process.stderr
+    assert f"{tmp_path / ('back' if back else 'b.gguf')}: cannot be written" in process.stderr
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -98,9 +98,9 @@ def test_a_full_disk_is_the_machines_fault(tmp_path: Path) -> None:
     )
     target = tmp_path / "a"
     target.write_text("old")
-    done = subprocess.run([sys.executable, "-c", program, str(target)], capture_output=True, text=True, check=False)
-    assert "MachineError" in done.stderr
-    assert "cannot be written: File too large" in done.stderr
+    process = subprocess.run([sys.executable, "-c", program, str(target)], capture_output=True, text=True, check=False)
+    assert "MachineError" in process.stderr
+    assert "cannot be written: File too large" in process.stderr
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 

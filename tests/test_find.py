@@ -141,7 +141,7 @@ def test_a_full_disk_is_the_machines_fault(tmp_path: Path, smollm2_path: Path) -
         "find.requantise(Path(sys.argv[1]), Path(sys.argv[2]), 7)\n"
     )
     arguments = [sys.executable, "-c", program, str(smollm2_path), str(tmp_path / "out.gguf")]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert "MachineError" in done.stderr
-    assert "out.gguf: cannot be written (is the disk full?)" in done.stderr
+    process = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert "MachineError" in process.stderr
+    assert "out.gguf: cannot be written (is the disk full?)" in process.stderr
     assert list(tmp_path.iterdir()) == []

@@ -50,8 +50,8 @@ def test_a_file_joins_as_the_branches_themselves_do(smollm2_path: Path, tmp_path
         "    print(result.answer, end='')\n"
     )
     arguments = [sys.executable, "-c", program, str(smollm2_path), kv_type, str(path), TASK]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    assert done.stdout == result.answer
+    process = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert process.stdout == result.answer
 
 
 @pytest.mark.parametrize(
@@ -134,8 +134,8 @@ def test_a_tree(tiny_path: Path) -> None:
     """Four branches, two synthesizers, one: the answers' own caches are what is joined."""
     with ForkJoin.from_pretrained(str(tiny_path)) as fj:
         halves = [fj.run(TASK, pair, sampling=LONG, keep=True) for pair in (["a", "b"], ["c", "d"])]
-        kept = [half.kept for half in halves if half.kept]
-        top = fj.run(TASK, join=kept, sampling=LONG)
+        answers = [half.kept for half in halves if half.kept]
+        top = fj.run(TASK, join=answers, sampling=LONG)
         assert [b.text for b in top.branches] == [half.answer for half in halves]
         assert top.tokens.joined == 2 * 24
 
@@ -177,9 +177,9 @@ def test_a_full_disk_leaves_no_file(tmp_path: Path, tiny_path: Path) -> None:
         "    fj.save(sys.argv[2], branches)\n"
     )
     arguments = [sys.executable, "-c", program, str(tiny_path), str(tmp_path / "x.pyps")]
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    assert "MachineError" in done.stderr
-    assert "x.pyps: cannot be written: File too large" in done.stderr
+    process = subprocess.run(arguments, capture_output=True, text=True)
+    assert "MachineError" in process.stderr
+    assert f"{tmp_path / 'x.pyps'}: cannot be written: is the disk full?" in process.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -251,9 +251,9 @@ def test_ten_thousand_damaged_files(tmp_path: Path) -> None:
 def test_the_command_line(tmp_path: Path, tiny_path: Path) -> None:
     path, run = tmp_path / "notes.pyps", CliRunner()
     common = ["-m", str(tiny_path), "--max-tokens", "12", "--temperature", "0"]
-    done = run.invoke(main, ["run", TASK, "-b", "a", "-b", "b", "--save", str(path), *common])
-    assert done.exit_code == 0, done.output
-    assert "the branches are kept in" in done.stderr
+    process = run.invoke(main, ["run", TASK, "-b", "a", "-b", "b", "--save", str(path), *common])
+    assert process.exit_code == 0, process.output
+    assert "the branches are kept in" in process.stderr
     shown = run.invoke(main, ["slots", str(path)])
     assert shown.exit_code == 0
     assert shown.stdout.startswith("2 branches of")
@@ -286,8 +286,8 @@ def test_stray_bytes_on_the_command_line(tmp_path: Path, tiny_path: Path) -> Non
     ]
     path = tmp_path / "x.pyps"
     for more in (["--save", str(path)], ["--json"], []):
-        done = subprocess.run(
+        process = subprocess.run(
             [*command, *more], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
         )
-        assert done.returncode == 0, done.stderr
+        assert process.returncode == 0, process.stderr
     assert read_slots(path).branches[0].prompt == "caf?"

@@ -1,6 +1,6 @@
 """GGUF files: read without trusting them, and written whole or not at all."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def check_gguf(path: Path, what: str) -> None:
 
 
 @contextmanager
-def writing(path: Path, arch: str) -> Iterator[gguf.GGUFWriter]:
+def writing(path: Path, arch: str, *, seal: Callable[[Path], None] = lambda file: None) -> Iterator[gguf.GGUFWriter]:
     """Yield a writer for the metadata and tensors of a GGUF file, which appears whole when the block ends.
 
     A block whose tensors are too large to be held together announces them with add_tensor_info, calls the writer's
@@ -74,6 +74,7 @@ def writing(path: Path, arch: str) -> Iterator[gguf.GGUFWriter]:
     Args:
         path: The file to write. Its folder must exist.
         arch: The value of general.architecture.
+        seal: A function that is called with the finished file before it takes its place, and may add to it.
 
     Raises:
         MachineError: The disk is full or fails.
@@ -88,3 +89,4 @@ def writing(path: Path, arch: str) -> Iterator[gguf.GGUFWriter]:
                 writer.write_tensors_to_file()
         finally:
             writer.close()
+        seal(partial)

@@ -22,7 +22,6 @@ _depth = 0
 _lock = threading.Lock()
 
 
-@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _collect(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
     line = text.decode("utf-8", "replace")
     if os.environ.get("PYPS_LOG"):
@@ -31,6 +30,9 @@ def _collect(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
         _recent.append(line.strip())
     for listen in _listeners:
         listen(line)
+
+
+_callback = llama_cpp.llama_log_callback(_collect)  # llama.cpp keeps a pointer to it, so it must stay alive
 
 
 @contextlib.contextmanager
@@ -53,7 +55,7 @@ def captured(listen: Callable[[str], None] | None = None) -> Iterator[None]:
         _depth += 1
         if _depth == 1:
             _recent.clear()
-            llama_cpp.llama_log_set(_collect, ctypes.c_void_p(0))
+            llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))
         if listen:
             _listeners.append(listen)
     try:

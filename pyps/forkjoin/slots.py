@@ -28,7 +28,7 @@ from pyps.engine.gguf_file import check_gguf, open_gguf, writing
 from pyps.engine.model import Model
 from pyps.engine.positions import check_joinable
 from pyps.errors import InputError
-from pyps.files import check_writable, whole
+from pyps.files import check_writable
 from pyps.forkjoin.branches import Branches, BranchResult, Cached
 
 _TYPE = "pyps-branches"
@@ -122,28 +122,24 @@ def write_slots(path: Path, branches: Sequence[Branches]) -> None:
             raise InputError("branches of several models, or of caches of several types, do not go into one file")
     spans = [native.read_span(source.address, c.seq, *span) for source, c in cached for span in c.spans]
     saved = [_Saved(**_saved_fields(c.result) | {"tokens": len(c.tokens)}) for _, c in cached]
-    with whole(path) as partial:
-        with writing(partial, _TYPE) as writer:
-            writer.add_type(_TYPE)
-            writer.add_uint32("pyps.version", _VERSION)
-            writer.add_string("pyps.model.name", ctx.model.name)
-            writer.add_string("pyps.model.arch", ctx.model.arch)
-            writer.add_string("pyps.model.fingerprint", ctx.model.fingerprint)
-            writer.add_string("pyps.kv_type", ctx.kv_type)
-            writer.add_array("pyps.hadamard", native.hadamard(ctx.address))
-            writer.add_bool("pyps.long", _is_long(ctx))
-            writer.add_string("pyps.branches", _SAVED.dump_json(saved).decode())
-            if spans:
-                writer.add_tensor("tokens", np.array([token for _, c in cached for token in c.tokens], np.int32))
-                writer.add_tensor("positions", np.concatenate([np.array(pos, np.int32) for pos, _ in spans]))
-                types = [KV_TYPES[name] for name in split_kv_type(ctx.kv_type)]
-                for layer in range(len(spans[0][1])):
-                    for name, i in (("k", 0), ("v", 1)):
-                        rows = np.concatenate([layers[layer][i] for _, layers in spans])
-                        writer.add_tensor(f"blk.{layer}.{name}", rows, raw_dtype=types[i])
-        digest = _hash(partial, partial.stat().st_size)
-        with partial.open("ab") as file:
-            file.write(digest)
+    with writing(path, _TYPE, seal=_append_hash) as writer:
+        writer.add_type(_TYPE)
+        writer.add_uint32("pyps.version", _VERSION)
+        writer.add_string("pyps.model.name", ctx.model.name)
+        writer.add_string("pyps.model.arch", ctx.model.arch)
+        writer.add_string("pyps.model.fingerprint", ctx.model.fingerprint)
+        writer.add_string("pyps.kv_type", ctx.kv_type)
+        writer.add_array("pyps.hadamard", native.hadamard(ctx.address))
+        writer.add_bool("pyps.long", _is_long(ctx))
+        writer.add_string("pyps.branches", _SAVED.dump_json(saved).decode())
+        if spans:
+            writer.add_tensor("tokens", np.array([token for _, c in cached for token in c.tokens], np.int32))
+            writer.add_tensor("positions", np.concatenate([np.array(pos, np.int32) for pos, _ in spans]))
+            types = [KV_TYPES[name] for name in split_kv_type(ctx.kv_type)]
+            for layer in range(len(spans[0][1])):
+                for name, i in (("k", 0), ("v", 1)):
+                    rows = np.concatenate([layers[layer][i] for _, layers in spans])
+                    writer.add_tensor(f"blk.{layer}.{name}", rows, raw_dtype=types[i])
 
 
 def read_slots(path: Path) -> Slots:
@@ -314,6 +310,12 @@ def _bytes(rows: NDArray[Any]) -> NDArray[np.uint8]:
 
 def _is_long(ctx: Context) -> bool:
     return bool(ctx.model.long_context) and ctx.n_ctx > ctx.model.long_context
+
+
+def _append_hash(path: Path) -> None:
+    digest = _hash(path, path.stat().st_size)
+    with path.open("ab") as file:
+        file.write(digest)
 
 
 def _hash(path: Path, size: int) -> bytes:
