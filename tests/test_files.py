@@ -1,4 +1,4 @@
-"""Whole-or-nothing writing: what is there before and after, whatever happens in between."""
+"""Whole-or-nothing writing: what is on the disk before and after, whatever happens in between."""
 
 import os
 import stat
@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from pyps.engine.gguf_file import open_gguf, writing
 from pyps.errors import InputError, MachineError
 from pyps.files import check_writable, whole, whole_folder
 
@@ -137,6 +139,42 @@ def test_a_folder_is_never_replaced(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message), whole_folder(path):
             raise AssertionError("nothing is done")
     assert (tmp_path / "file").read_text() == "old"
+
+
+def test_a_gguf_file_at_once_or_piece_by_piece(tmp_path: Path) -> None:
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    at_once, by_pieces = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    with writing(at_once, "llama") as writer:
+        for name in ("one", "two"):
+            writer.add_tensor(name, values)
+        assert not at_once.exists()
+    with writing(by_pieces, "llama") as writer:
+        for name in ("one", "two"):
+            writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for _ in range(2):
+            writer.write_tensor_data(values)
+        assert not by_pieces.exists()
+    assert at_once.read_bytes() == by_pieces.read_bytes()
+    with open_gguf(at_once, "model") as reader:
+        assert [tensor.name for tensor in reader.tensors] == ["one", "two"]
+        assert (reader.tensors[1].data == values).all()
+
+
+def test_a_sealed_gguf_file(tmp_path: Path) -> None:
+    def seal(file: Path) -> None:
+        assert file.read_bytes()[:4] == b"GGUF"
+        with file.open("ab") as end:
+            end.write(b"seal")
+
+    with writing(tmp_path / "a.gguf", "llama", seal=seal):
+        pass
+    assert (tmp_path / "a.gguf").read_bytes().endswith(b"seal")
+    with pytest.raises(KeyError), writing(tmp_path / "b.gguf", "llama", seal=seal):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.gguf"]
 
 
 def test_an_unwritable_place_is_reported_before(tmp_path: Path) -> None:
