@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -179,7 +180,8 @@ def test_a_full_disk_leaves_no_file(tmp_path: Path, tiny_path: Path) -> None:
     arguments = [sys.executable, "-c", program, str(tiny_path), str(tmp_path / "x.pyps")]
     process = subprocess.run(arguments, capture_output=True, text=True)
     assert "MachineError" in process.stderr
-    assert f"{tmp_path / 'x.pyps'}: cannot be written: is the disk full?" in process.stderr
+    # NumPy's error has no reason; the system's has. It depends on the branches' lengths which of them is met first.
+    assert re.search(r"/x\.pyps: cannot be written: (is the disk full\?|File too large)", process.stderr)
     assert not list(tmp_path.iterdir())
 
 
