@@ -22,7 +22,7 @@ from support.oracle import Oracle
 from support.tiny import mapper_metadata, write_adapter, write_model
 
 from pyps.adapters.adapter import Adapter
-from pyps.adapters.mapper import Mapper
+from pyps.adapters.format import read_mapper
 from pyps.engine.context import Context, Token, needs_flash_attn
 from pyps.engine.find import find_model, requantise
 from pyps.engine.join import Span, join
@@ -138,7 +138,7 @@ class Twin:
         self.adapter = Adapter(adapter, self.model)
         self.oracle = Oracle(path, adapter)
         # a real model gets a mapper that moves K and V by a few percent, as a trained one does
-        self.mapper = Mapper.from_metadata(mapper_metadata(4, scale=0.02 if name == "smollm2" else 0.1))
+        self.mapper = read_mapper(mapper_metadata(4, scale=0.02 if name == "smollm2" else 0.1))
         # a real model is given text, not noise
         self._text = self.model.tokenize(_README.read_text()) if name == "smollm2" else None
 

@@ -175,8 +175,8 @@ MUTANTS = [
     Mutant(
         "rsLoRA is taken for LoRA",
         "convert/peft.py",
-        '        scaling = wanted / (math.sqrt(rank) if config.get("use_rslora") else rank)',
-        "        scaling = wanted / rank",
+        '        scaling = module_alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)',
+        "        scaling = module_alpha / rank",
         ("tests/test_convert.py::test_ranks_and_alphas_that_differ_between_layers[config2]",),
     ),
     Mutant(
@@ -224,7 +224,7 @@ MUTANTS = [
     Mutant(
         "control tokens in data are control tokens",
         "pyps/engine/model.py",
-        '        return self._control.sub(lambda found: f"\\ue001{found[0]}\\ue002", text)',
+        '        return self._control.sub(lambda match: f"\\ue001{match[0]}\\ue002", text)',
         "        return text",
         (
             "tests/test_layout.py::test_control_tokens_in_data_stay_text",
