@@ -1,18 +1,27 @@
 """The join's protocol: from finished branches to a synthesizer that has read its prompt.
 
-    placement    where each branch's span begins in the synthesizer
-    join         re-encode, map and place the spans of all branches
-    read         the synthesizer's prompt, up to the token that the answer's first one is sampled from
+    placement    where each branch's output begins in the synthesizer
+    join         re-encode, map and place the outputs of all branches
+    read         the synthesizer's prompt, up to the token that the answer's first one is sampled after
 
 A run, `pyps eval`, `pyps bench` and training all go through here, so that what is measured is what runs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from pyps.adapters.adapter import Adapter
+from pyps.adapters.mapper import Mapper
 from pyps.engine.context import Context, prefers_flash_attn
+from pyps.engine.join import Span, join
 from pyps.engine.model import Model
+from pyps.engine.positions import rotated_layers, why_not_joinable
+
+# On a CPU flash attention has its tiled kernel from 64 tokens on, and is far slower with fewer; from twice as many on
+# it gains more than moving the cells costs.
+_LONG_PROMPT = 128  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +60,8 @@ class ContextOptions:
             options: More of Context's.
 
         Raises:
-            InputError, RefusedError: As Context does.
+            InputError: The context cannot be made, as Context says.
+            RefusedError: The model cannot generate text.
         """
         ctx = Context(
             model,
@@ -69,3 +79,163 @@ class ContextOptions:
                 ctx.close()
                 raise
         return ctx
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where what a branch gives to the synthesizer lies: stretches [start, end) of one sequence's positions."""
+
+    ctx: Context
+    seq: int
+    stretches: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return sum(end - start for start, end in self.stretches)
+
+
+def placement(
+    branch_point: int,
+    lengths: Sequence[int],
+    *,
+    in_order: bool = False,
+    after: int = 0,
+    n_positions: int | None = None,
+) -> list[int]:
+    """Return the position at which each branch's output begins after the join (docs/method.md, section 1).
+
+    All begin at the branch point; or, for an adapter that was trained so, one after the other in the branches' order,
+    as their texts would. If the model has too few positions for that, all begin at the branch point, where there is
+    room for more.
+
+    Args:
+        branch_point: The position that branches forked from.
+        lengths: Tokens of each output.
+        in_order: Whether the adapter asks for outputs one after the other.
+        after: Tokens that the synthesizer may need behind the outputs.
+        n_positions: Positions that the model was trained on; None for any number.
+    """
+    end = branch_point + sum(lengths) + after
+    if not in_order or (n_positions is not None and end > n_positions):
+        return [branch_point] * len(lengths)
+    return [branch_point + sum(lengths[:i]) for i in range(len(lengths))]
+
+
+class Synthesizer:
+    """The contexts of a synthesizer: where its prompt is read, and where its answer is decoded.
+
+    Both are the same, except for long prompts on a CPU: flash attention reads those faster and decodes slower, so they
+    are read in a context with it, and what that holds moves to the decoder by another join of distance 0. Close it, or
+    use `with`.
+
+    Args:
+        model: The model.
+        prompt: Tokens of the prompt that will be read.
+        cells: Cells that are needed up to the prompt's end.
+        after: Cells that are needed after it.
+        options: How contexts are made.
+        adapter: Its LoRA is on in both contexts.
+        n_logits: Most tokens of a batch whose logits may be asked of the decoder.
+
+    Attributes:
+        reader: The context that joined cells and prompts go to. Sequence 0 of it is used.
+        decoder: The context that generates, in its sequence 0.
+
+    Raises:
+        InputError: A context cannot be made.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        prompt: int,
+        cells: int,
+        after: int,
+        options: ContextOptions,
+        adapter: Adapter | None = None,
+        n_logits: int | None = None,
+    ) -> None:
+        self.decoder = options.open(model, cells + after, adapter=adapter, n_logits=n_logits)
+        self.reader = self.decoder
+        # a model whose caches cannot be joined cannot be moved to the decoder either
+        if prompt >= _LONG_PROMPT and not prefers_flash_attn(options.kv_type) and not why_not_joinable(model):
+            try:
+                self.reader = options.open(model, cells, flash_attn=True, adapter=adapter)
+            except BaseException:
+                self.decoder.close()
+                raise
+
+    def __enter__(self) -> "Synthesizer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free both contexts."""
+        self.reader.close()
+        self.decoder.close()
+
+    def warm_up(self) -> None:
+        """Make both contexts ready, so that the first token that counts pays for nothing but itself."""
+        for ctx in {self.reader, self.decoder}:
+            ctx.warm_up()
+
+    def keep_prefix(self, source: Context, n: int) -> None:
+        """Copy the first n positions of source's sequence 0. They come from the branches even if the synthesizer has a
+        LoRA: what it reads was written without one."""
+        if n:
+            join(source, self.reader, [Span(0, 0, n, 0)])
+
+    def join(self, outputs: Sequence[Output], starts: Sequence[int], mapper: Mapper | None = None) -> int:
+        """Place the outputs of branches, none of them empty, at the positions that `placement` gives.
+
+        Args:
+            outputs: Of each branch; those in one context are placed by one native join.
+            starts: The position at which each begins.
+            mapper: Gives the coefficients of each branch and layer; None for the identity.
+
+        Returns:
+            The number of cells placed.
+
+        Raises:
+            RefusedError, InputError, EngineError: As engine.join.
+        """
+        coefficients = None
+        if mapper and outputs:
+            n_layers = len(rotated_layers(self.reader.model))
+            coefficients = mapper.coefficients([len(output) for output in outputs], n_layers)
+        n_cells = 0
+        for ctx, group in groupby(range(len(outputs)), key=lambda i: outputs[i].ctx):
+            spans: list[Span] = []
+            branch_of_span: list[int] = []
+            for i in group:
+                to = starts[i]
+                for start, end in outputs[i].stretches:
+                    spans.append(Span(outputs[i].seq, start, end, to))
+                    branch_of_span.append(i)
+                    to += end - start  # what lies between the stretches leaves no gap
+            chosen = None if coefficients is None else coefficients[branch_of_span]
+            n_cells += join(ctx, self.reader, spans, 0, chosen)
+        return n_cells
+
+    def read(self, prompt: Sequence[int]) -> list[int]:
+        """Read a prompt behind what the reader holds, and move all of it to the decoder, which must be empty.
+
+        Returns:
+            What is left to compute in the decoder: the prompt's last token; or, where both contexts are one, all of it.
+
+        Raises:
+            InputError, EngineError: As Context.decode and engine.join.
+        """
+        if self.reader is self.decoder:
+            return list(prompt)
+        self.reader.prefill(0, prompt[:-1])
+        join(self.reader, self.decoder, [Span(0, 0, self.reader.end(0), 0)])
+        return list(prompt[-1:])
+
+    def forget(self, position: int) -> None:
+        """Forget everything from a position on, so that the same can be done again."""
+        if self.decoder is not self.reader:
+            self.decoder.remove(0)
+        self.reader.remove(0, position)

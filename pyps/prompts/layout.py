@@ -3,15 +3,19 @@
 The one place that decides it, for the runtime, the text baseline and training alike. An adapter is trained for one
 layout and records which. Whatever people, files or tools say is data: control tokens written out in it stay text.
 
-    shared   [system, task] is a prefix, computed once, that branches fork from and the synthesizer keeps:
+    shared   [messages] is a prefix, computed once, that branches fork from and the synthesizer keeps:
              branch        prefix | instruction, assistant header | output
              synthesizer   prefix | outputs side by side          | synthesize, assistant header | answer
     paper    (arXiv 2606.14672) the synthesizer has no prefix; outputs move to position 0 and its prompt repeats the
-             task:
-             synthesizer          outputs side by side | system, task, synthesize, assistant header | answer
+             messages:
+             synthesizer          outputs side by side | messages, synthesize, assistant header | answer
+
+The messages are a conversation, mostly a system message and the task. If the user speaks last, what a branch is told
+continues that turn; after an assistant's or a tool's message it is a turn of its own.
 """
 
-from collections.abc import Sequence
+import os.path
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pyps.adapters.format import LAYOUTS
@@ -20,9 +24,27 @@ from pyps.errors import InputError
 
 DEFAULT_SYNTHESIZE = "Using the notes above, give one final answer."
 
-# private-use characters that no template treats specially. One stands for what follows the task in the user's turn
+ROLES = ("system", "user", "assistant", "tool")
+Message = Mapping[str, str]  # {"role": one of ROLES, "content": text}
+
+# private-use characters that no template treats specially. One stands for what follows the messages
 _REST = "\ue000"
 _ANSWER, _NEXT = "\ue003", "\ue004"  # for an answer, and what the user says to it
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What one branch is told.
+
+    Attributes:
+        text: Its instruction; empty for a plain sample of the task.
+        task: A task of its own instead of the job's, as Layout takes it; None for the job's.
+        system: A system message of its own; None for the job's.
+    """
+
+    text: str
+    task: str | Sequence[Message] | None = None
+    system: str | None = None
 
 
 @dataclass(frozen=True)
@@ -30,80 +52,178 @@ class Prompts:
     """Token lists of one fork-join.
 
     Attributes:
-        prefix: what every branch starts with.
-        branches: what each branch adds before it generates.
-        branch_point: P, the position that spans are re-encoded to.
-        synthesizer: what the synthesizer prefills after the joined cells.
+        prefix: What every branch begins with.
+        branches: What each branch adds to the prefix before it generates.
+        fork_points: How many tokens of the prefix each branch begins with: all of them, except for branches with a
+            task or system message of their own.
+        branch_point: P, the position that outputs are re-encoded to.
+        synthesizer: What the synthesizer reads after the joined cells.
     """
 
     prefix: list[int]
     branches: list[list[int]]
+    fork_points: list[int]
     branch_point: int
     synthesizer: list[int]
 
 
 class Layout:
-    """The prompts of one job: a task, the branches' instructions and the synthesizer's instruction.
+    """The prompts of one job.
 
     Args:
+        model: Its chat template and its vocabulary decide.
         name: "shared" or "paper".
-        task: what the job is about; must not be empty.
-        system: the system message, or None for the model's own default.
-        synthesize: the synthesizer's instruction.
+        task: What the job is about: a text that is not blank, or a conversation, as a list of messages with role
+            ("system", "user", "assistant", "tool") and content.
+        system: The system message; None for the conversation's, or the model's own default.
+        synthesize: The synthesizer's instruction.
 
     Raises:
-        InputError: an unknown layout, an empty task, or a chat template that cannot be used.
+        InputError: The layout is unknown, the task is empty or no conversation, or the chat template cannot be used.
     """
 
-    def __init__(self, model: Model, name: str, task: str, system: str | None, synthesize: str) -> None:
+    def __init__(
+        self, model: Model, name: str, task: str | Sequence[Message], system: str | None, synthesize: str
+    ) -> None:
         if name not in LAYOUTS:
             raise InputError(f"layout {name!r} does not exist: choose {' or '.join(LAYOUTS)}")
-        if not task.strip():
-            raise InputError("the task is empty: say what the branches should work on")
         self._model = model
         self._name = name
+        self._task, self._system = task, system
         self._synthesize = synthesize
-        messages = [{"role": "system", "content": model.as_data(system)}] if system else []
-        prompt = model.render_chat([*messages, {"role": "user", "content": model.as_data(task.strip()) + _REST}])
-        head, mark, self._tail = prompt.partition(_REST)
-        if not mark or _REST in self._tail:
-            raise InputError(f"{model.name}: the model's chat template does not give the user's text once, as it is")
-        self._prefix = model.tokenize(head, start=True)
+        self._frame = _Frame(model, conversation(task, system))
 
-    def _after_prefix(self, text: str) -> list[int]:
-        """The rest of the user's turn, and the header of the assistant's."""
-        text = self._model.as_data(text.strip())
-        return self._model.tokenize(f"\n\n{text}{self._tail}" if text else self._tail)
+    def prompts(self, branches: Sequence[str | Instruction]) -> Prompts:
+        """Return the prompts of the cache side.
 
-    def prompts(self, instructions: Sequence[str]) -> Prompts:
-        """The cache side; an instruction may be empty (a plain sample of the task)."""
-        synthesizer = self._after_prefix(self._synthesize)
+        Args:
+            branches: The instruction of each branch; a text is an Instruction with nothing else.
+
+        Raises:
+            InputError: A branch's own task or system message cannot be used.
+        """
+        prefix = self._frame.prefix
+        tokens, fork_points = [], []
+        for branch in branches:
+            instruction = Instruction(branch) if isinstance(branch, str) else branch
+            fork_point, own = len(prefix), self._frame.after_prefix(instruction.text)
+            if instruction.task is not None or instruction.system is not None:
+                whole = self._own_prompt(instruction)
+                fork_point = min(len(os.path.commonprefix([prefix, whole])), len(whole) - 1)
+                own = whole[fork_point:]
+            fork_points.append(fork_point)
+            tokens.append(own)
+        synthesizer = self._frame.after_prefix(self._synthesize)
+        shared = self._name == "shared"
         return Prompts(
-            prefix=self._prefix,
-            branches=[self._after_prefix(instruction) for instruction in instructions],
-            branch_point=len(self._prefix) if self._name == "shared" else 0,
-            synthesizer=synthesizer if self._name == "shared" else self._prefix + synthesizer,
+            prefix=prefix,
+            branches=tokens,
+            fork_points=fork_points,
+            branch_point=len(prefix) if shared else 0,
+            synthesizer=synthesizer if shared else prefix + synthesizer,
         )
 
+    def _own_prompt(self, instruction: Instruction) -> list[int]:
+        """Return all tokens of a branch whose task or system message is its own."""
+        task = self._task if instruction.task is None else instruction.task
+        system = self._system if instruction.system is None else instruction.system
+        frame = _Frame(self._model, conversation(task, system))
+        return frame.prefix + frame.after_prefix(instruction.text)
+
     def pasted(self, names: Sequence[str], texts: Sequence[str]) -> list[int]:
-        """The text baseline: what follows the prefix when the branches' texts are pasted into the user's turn. The
-        same in both layouts: whoever pastes texts can keep the prefix."""
+        """Return what follows the prefix in the text baseline, where the branches' texts are pasted into the user's
+        turn. It is the same in both layouts: whoever pastes texts can keep the prefix."""
         notes = "\n\n".join(f"[{name}]\n{text.strip()}" for name, text in zip(names, texts, strict=True))
-        return self._after_prefix(f"{notes}\n\n{self._synthesize}")
+        return self._frame.after_prefix(f"{notes}\n\n{self._synthesize}")
 
 
-def place(branch_point: int, lengths: Sequence[int], in_order: bool) -> list[int]:
-    """The positions at which spans of these lengths begin after the join: all at the branch point (METHOD, section 1);
-    or one after the other in the branches' order, as their texts would stand, for adapters trained so."""
-    return [branch_point + (sum(lengths[:i]) if in_order else 0) for i in range(len(lengths))]
+def conversation(task: str | Sequence[Message], system: str | None) -> list[dict[str, str]]:
+    """Return the messages of a task, checked.
+
+    Args:
+        task: A text, which the user says; or messages.
+        system: A system message that takes the place of the messages' own; None leaves them as they are.
+
+    Raises:
+        InputError: The task is blank, a role is unknown, a content is no text, a system message is not the first, or
+            no message of the user says anything.
+    """
+    if isinstance(task, str):
+        messages = [{"role": "user", "content": task}]
+    else:
+        if not isinstance(task, Sequence):
+            raise InputError(f"the task must be a text or a list of messages, not {type(task).__name__}")
+        messages = [_checked(message, i) for i, message in enumerate(task)]
+    if system is not None:
+        messages = [m for m in messages if m["role"] != "system"]
+        if system:
+            messages.insert(0, {"role": "system", "content": system})
+    if not any(m["role"] == "user" and m["content"].strip() for m in messages):
+        raise InputError("the task is empty: say what the branches should work on")
+    return messages
+
+
+def _checked(message: object, i: int) -> dict[str, str]:
+    if not isinstance(message, Mapping):
+        raise InputError(f"message {i + 1} must be an object with role and content, not {type(message).__name__}")
+    if unknown := sorted(map(str, set(message) - {"role", "content"})):
+        raise InputError(f"message {i + 1} has {unknown[0]!r}; a message has role and content, and nothing else")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise InputError(f"message {i + 1} has the role {role!r}; the roles are {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise InputError(f"the content of message {i + 1} must be a text, not {type(content).__name__}")
+    if role == "system" and i:
+        raise InputError(f"message {i + 1} is a system message; only the first message can be one")
+    return {"role": role, "content": content}
+
+
+class _Frame:
+    """A conversation, cut open where what comes after it is put in.
+
+    Attributes:
+        prefix: Tokens up to there.
+    """
+
+    def __init__(self, model: Model, messages: Sequence[Message]) -> None:
+        self._model = model
+        marked = [{**m, "content": model.as_data(m["content"])} for m in messages]
+        if messages[-1]["role"] == "user":
+            marked[-1]["content"] = model.as_data(messages[-1]["content"].strip()) + _REST
+            head, self._tail = self._cut(model.render_chat(marked))
+            self._before_text, self._without_text = "\n\n", self._tail
+        else:
+            whole, self._tail = self._cut(model.render_chat([*marked, {"role": "user", "content": _REST}]))
+            closed = model.render_chat(marked)
+            head = os.path.commonprefix([whole, closed])
+            self._before_text, self._without_text = whole[len(head) :], closed[len(head) :]
+        self.prefix = model.tokenize(head, start=True)
+
+    def _cut(self, prompt: str) -> tuple[str, str]:
+        head, mark, tail = prompt.partition(_REST)
+        if not mark or _REST in tail:
+            raise InputError(
+                f"{self._model.name}: the model's chat template does not reproduce the user's text exactly once"
+            )
+        return head, tail
+
+    def after_prefix(self, text: str) -> list[int]:
+        """Return the tokens of what the user goes on to say, and of the header of the assistant's turn."""
+        text = self._model.as_data(text.strip())
+        return self._model.tokenize(f"{self._before_text}{text}{self._tail}" if text else self._without_text)
 
 
 def follow_up(model: Model, text: str) -> list[int]:
-    """What comes after an answer, in either layout, when the user says this to it, up to where the next answer begins.
-    Raises InputError if the model's chat template knows only one turn."""
+    """Return what comes after an answer, in either layout, when the user says this to it, up to where the next answer
+    begins. Raises InputError if the model's chat template knows only one turn."""
     turns = [("user", "?"), ("assistant", _ANSWER), ("user", _NEXT)]
     prompt = model.render_chat([{"role": role, "content": content} for role, content in turns])
     between, mark, end = prompt.partition(_ANSWER)[2].partition(_NEXT)
     if not mark:
-        raise InputError(f"{model.name}: the model's chat template does not give a second turn as it is")
+        raise InputError(f"{model.name}: the model's chat template does not reproduce a second turn as it is")
     return model.tokenize(between + model.as_data(text) + end)
+
+
+def place(branch_point: int, lengths: Sequence[int], in_order: bool) -> list[int]:
+    """Will go: forkjoin.synthesis.placement takes its place."""
+    return [branch_point + (sum(lengths[:i]) if in_order else 0) for i in range(len(lengths))]
