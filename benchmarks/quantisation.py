@@ -1,6 +1,6 @@
-"""Which type the default model should have: speed on this machine, and what is left of the model.
+"""Measure which type the default model should have: its speed on this machine, and what is left of the model.
 
-    python bench/quantisation.py
+    python benchmarks/quantisation.py
 
 The package ships Q4_1. Every candidate is made from it; the loss is measured against it, on this repository's README.
 """
@@ -16,20 +16,24 @@ import numpy as np
 from pyps.engine.context import Context, Token
 from pyps.engine.find import requantise, shipped_smollm2
 from pyps.engine.model import Model
+from pyps.measure.evaluate import log_softmax
 
 N = 512  # tokens, prefilled and compared
 
 
 def log_probabilities(model: Model, tokens: list[int]) -> np.ndarray:
+    """Return the log-probabilities after each token, [tokens, vocabulary]."""
     with Context(model, N, n_logits=N) as ctx:
         ctx.decode([Token(t, i, 0, logits=True) for i, t in enumerate(tokens)])
         logits = np.stack([ctx.logits(i) for i in range(len(tokens))]).astype(np.float64)
-    logits -= logits.max(axis=1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return log_softmax(logits)
 
 
 def tokens_per_second(model: Model, tokens: list[int]) -> tuple[float, float]:
-    """Prefill of the tokens, and four branches decoding in one batch after 256 tokens each; medians of five."""
+    """Return the rates of reading the tokens, and of four branches decoding in one batch after 256 tokens each.
+
+    Both are medians of five rounds.
+    """
     prefill, decode = [], []
     with Context(model, N, 4) as ctx:
         for _ in range(6):
@@ -50,6 +54,7 @@ def tokens_per_second(model: Model, tokens: list[int]) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Print a row for each type."""
     text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     print(f"{'type':<6}{'MB':>6}{'prefill t/s':>13}{'4-way decode t/s':>18}{'KL to Q4_1':>12}{'same argmax':>13}")
     with tempfile.TemporaryDirectory() as folder:
@@ -65,10 +70,10 @@ def main() -> None:
         for name, path in paths.items():
             model = Model.load(path)
             tokens = model.tokenize(text)[:N]
-            found = log_probabilities(model, tokens)
-            reference = found if reference is None else reference
-            kl = (np.exp(reference) * (reference - found)).sum(axis=1).mean()
-            same = (found.argmax(axis=1) == reference.argmax(axis=1)).mean()
+            logs = log_probabilities(model, tokens)
+            reference = logs if reference is None else reference
+            kl = (np.exp(reference) * (reference - logs)).sum(axis=1).mean()
+            same = (logs.argmax(axis=1) == reference.argmax(axis=1)).mean()
             prefill, decode = tokens_per_second(model, tokens)
             size = path.stat().st_size / 1e6
             print(f"{name:<6}{size:>6.0f}{prefill:>13.0f}{decode:>18.0f}{kl:>12.4f}{same:>12.1%}")

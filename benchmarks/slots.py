@@ -1,7 +1,7 @@
-"""What branches on disk save: `make bench-slots`.
+"""Measure what branches on disk save: `make bench-slots`.
 
-Generates branches and saves them, in one process; then, in a fresh one, loads and joins them, and reads their texts,
-in turn. Milliseconds; the model's loading is left out on both sides, opening and checking the file is not.
+One process generates branches and saves them. A fresh one then loads and joins them, and reads their texts, in turn.
+Times are in milliseconds; the model's loading is left out on both sides, opening and checking the file is not.
 """
 
 import json
@@ -19,6 +19,7 @@ BRANCHES, TOKENS, ROUNDS = 4, 512, 5
 
 
 def write(path: Path, model: str) -> float:
+    """Generate the branches, save them, and return the milliseconds that generating took."""
     sampling = Sampling(seed=1, max_tokens=TOKENS, ignore_eos=True)
     with ForkJoin.from_pretrained(model) as fj:
         began = time.perf_counter()
@@ -29,6 +30,7 @@ def write(path: Path, model: str) -> float:
 
 
 def read(path: Path, model: str) -> dict[str, float]:
+    """Return the milliseconds of loading the file, and of the first token from it and from the texts."""
     one = Sampling(temperature=0, max_tokens=1)
     times: dict[str, list[float]] = {"load": [], "cache": [], "text": []}
     with ForkJoin.from_pretrained(model) as fj:
@@ -44,6 +46,7 @@ def read(path: Path, model: str) -> dict[str, float]:
 
 
 def main() -> None:
+    """Run both processes and print the times."""
     if len(sys.argv) > 2:
         print(json.dumps(read(Path(sys.argv[2]), sys.argv[1])))
         return
@@ -53,12 +56,12 @@ def main() -> None:
         generated = write(path, model)
         size = path.stat().st_size / 1e6
         done = subprocess.run([sys.executable, __file__, model, path], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
+    times = json.loads(done.stdout)
     print(f"{BRANCHES} x {TOKENS} tokens, {size:.0f} MB; medians of {ROUNDS} in a fresh process")
     print(f"generating   {generated:8,.0f} ms")
-    print(f"loading      {found['load']:8,.0f} ms: 1/{generated / found['load']:,.0f} of it")
-    print(f"first token  {found['cache']:8,.0f} ms from the file, its loading included")
-    print(f"             {found['text']:8,.0f} ms from the texts: {found['text'] / found['cache']:.1f} times as long")
+    print(f"loading      {times['load']:8,.0f} ms: 1/{generated / times['load']:,.0f} of it")
+    print(f"first token  {times['cache']:8,.0f} ms from the file, its loading included")
+    print(f"             {times['text']:8,.0f} ms from the texts: {times['text'] / times['cache']:.1f} times as long")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A thousand forks, joins and generations in one process: memory must stay where it is, and no cells may be lost.
+"""Do a thousand forks, joins and generations in one process: memory must stay where it is, and no cell may be lost.
 
-    python bench/soak.py [--rounds 1000]
+    python benchmarks/soak.py [--rounds 1000]
 
 Each round forks three branches from a prefix, lets them write, joins them into a long-lived synthesizer, answers, and
-forgets all of it; every tenth round is followed by a whole `ForkJoin.run`, contexts and all. Exits with 1 if the
+forgets all of it; every tenth round is followed by a whole `ForkJoin.run`, contexts and all. It exits with 1 if the
 resident size is more than 1 % above what it was after the first hundred rounds, or if cells are left over.
 """
 
@@ -23,11 +23,13 @@ SETTLED = 100  # rounds after which nothing should grow any more
 
 
 def resident_mb() -> float:
+    """Return the megabytes that this process has resident."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def one_round(branches: Context, synthesizer: Context, i: int) -> None:
+    """Fork, generate, join and answer once, and leave both contexts empty."""
     model = branches.model
     branches.prefill(0, model.tokenize("Here are three short notes on rivers."))
     end = branches.end(0)
@@ -45,6 +47,7 @@ def one_round(branches: Context, synthesizer: Context, i: int) -> None:
 
 
 def main() -> None:
+    """Do the rounds, and exit with 1 if memory grew."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=1000)
     rounds = parser.parse_args().rounds

@@ -14,11 +14,14 @@ from pyps.engine import native
 from pyps.engine.context import cell_bytes
 from pyps.engine.model import Model
 from pyps.errors import InputError
-from pyps.forkjoin import long_prompts
+from pyps.forkjoin import synthesis
+from pyps.forkjoin.synthesis import ContextOptions
 from pyps.measure.bench import Case, _Sides, measure
 from pyps.measure.bounds import Rates, least_ms, measure_rates
+from pyps.measure.reports import BenchReport
 from pyps.measure.shapes import Shape, write_shape
 
+F32 = ContextOptions(kv_type="f32")
 KEYS = ["text_ms", "cache_ms", "join_ms", "floor_ms", "kshift_ms", "ratio"]
 SMALL = ["--branches", "2,3", "--tokens", "8", "--prompt", "4,5", "--task", "6", "--repeat", "2"]
 
@@ -28,7 +31,7 @@ def test_what_is_timed_is_what_a_run_does(tiny: Model, tmp_path: Path, layout: s
     """After a round, the sides hold the cells they should, and cache and floor have seen the same."""
     adapter = Adapter(write_adapter(tmp_path / "a.gguf", mapper=mapper_metadata(1)), tiny)
     case = Case(branches=3, tokens=8, prompt=5, task=6)
-    with _Sides(tiny, adapter, layout, case, "f32", None) as sides:
+    with _Sides(tiny, adapter, layout, case, F32) as sides:
         tokens: list[int] = []
         logits = []
         first_token = sides._first_token
@@ -50,25 +53,27 @@ def test_what_is_timed_is_what_a_run_does(tiny: Model, tmp_path: Path, layout: s
         assert logits[13] == pytest.approx(logits[9], abs=1e-4), "nor of the K-shift: keys went back"
         assert logits[9] != pytest.approx(logits[0], abs=1e-2), "it has neither mapper nor LoRA"
         position = (6 if layout == "shared" else 0) + 8
-        assert sides._decoder.end(0) == position + synthesizer, "spans overlap"
+        assert sides.synthesizer.decoder.end(0) == position + synthesizer, "spans overlap"
         assert sides._best_text().end(0) == 6 + text
-        n_open = sum(ctx._pointer is not None for ctx in sides._contexts)
+        n_open = sum(ctx._pointer is not None for ctx in [*sides._contexts, sides.synthesizer.decoder])
         assert n_open == 4, "branches, synthesizer, the best for texts, and the unified one: others are closed"
     adapter.close()
 
 
 def test_a_long_prompt_is_read_apart(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `pyps run` does it (long_prompts.py): the same first token as without."""
+    """As `pyps run` does it (synthesis.py): the same first token as without."""
     seen = []
     for least in (4, 1000):
-        monkeypatch.setattr(long_prompts, "_LONG", least)
-        with _Sides(tiny, None, "paper", Case(2, 8, 4, 6), "f32", None) as sides:
-            assert (sides._reader is sides._decoder) == (least == 1000)
+        monkeypatch.setattr(synthesis, "_LONG_PROMPT", least)
+        with _Sides(tiny, None, "paper", Case(2, 8, 4, 6), F32) as sides:
+            assert (sides.synthesizer.reader is sides.synthesizer.decoder) == (least == 1000)
             sides.step(keep=True)
-            assert sides._decoder.end(0) == 8 + 6 + 4 and sides._decoder.n_cells(0) == 2 * 8 + 6 + 4
-            sides._decoder.remove(0, 17)
-            sides._decoder.prefill(0, sides._synthesizer_prompt[-1:])
-            seen.append(sides._decoder.logits())
+            assert (
+                sides.synthesizer.decoder.end(0) == 8 + 6 + 4 and sides.synthesizer.decoder.n_cells(0) == 2 * 8 + 6 + 4
+            )
+            sides.synthesizer.decoder.remove(0, 17)
+            sides.synthesizer.decoder.prefill(0, sides._synthesizer_prompt[-1:])
+            seen.append(sides.synthesizer.decoder.logits())
     assert seen[0] == pytest.approx(seen[1], abs=1e-3)
 
 
@@ -97,7 +102,7 @@ def test_bounds(tiny: Model, tiny_path: Path) -> None:
 
 def test_k_shift_and_join_agree(tiny: Model) -> None:
     """Without an adapter llama.cpp's own pieces give the same logits: the comparison is of like with like."""
-    with _Sides(tiny, None, "shared", Case(2, 8, 4, 6), "f32", None) as sides:
+    with _Sides(tiny, None, "shared", Case(2, 8, 4, 6), F32) as sides:
         seen = []
         first_token = sides._first_token
 
@@ -132,6 +137,9 @@ def test_rows(tiny_path: Path, tmp_path: Path) -> None:
         and found["peak_mb"] > found["model_mb"] > 0
     )
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert BenchReport.from_dict(found).to_dict() == found
+    before = found | {"machine": {k: v for k, v in found["machine"].items() if not k.startswith(("read", "compute"))}}
+    assert BenchReport.from_dict(before).machine.read_gb_s is None
 
 
 def test_more_tokens_than_the_model_was_trained_on(tiny_path: Path) -> None:
@@ -161,8 +169,8 @@ def test_ctrl_c_keeps_what_is_done(tiny_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--branches", "x"], "--branches must be whole numbers"),
-        (["--branches", ""], "--branches must be whole numbers"),
+        (["--branches", "x"], "Invalid value for '--branches': 'x' is not a list of whole numbers"),
+        (["--branches", ""], "Invalid value for '--branches': '' is not a list of whole numbers"),
         (["--branches", "0"], "branches must be 1 to 128, not 0"),
         (["--branches", "300"], "branches must be 1 to 128, not 300"),
         (["--tokens", "-4"], "tokens must be 1 to"),
@@ -172,7 +180,7 @@ def test_ctrl_c_keeps_what_is_done(tiny_path: Path) -> None:
         (["--threads", "0"], "threads must be between"),
         (["--kv-type", "q8_0"], "cannot have q8_0 keys"),
         (["--branches", "128", "--tokens", "1000000"], "this machine has"),
-        (["--plot", "nowhere/x.png"], "no such folder"),
+        (["--plot", "nowhere/x.png"], "there is no folder nowhere"),
         (["--shape", "7b"], "'7b' is not one of"),
     ],
 )
@@ -192,16 +200,17 @@ def test_models_that_cannot_be_joined(tmp_path: Path) -> None:
 def test_shapes(tmp_path: Path, smollm2_path: Path) -> None:
     path = tmp_path / "s.gguf"
     done: list[float] = []
-    write_shape(path, Shape(2, 128, 256, 4, 2, 32), smollm2_path, done.append)
+    shape = Shape(layers=2, channels=128, feed_forward=256, heads=4, kv_heads=2, head_dim=32)
+    write_shape(path, shape, smollm2_path, lambda what, fraction: done.append(fraction or 0.0))
     assert done[-1] == 1.0 and done == sorted(done)
     model = Model.load(path)
     assert (model.n_layer, model.n_embd, model.n_embd_kv, model.n_vocab) == (2, 128, 64, 49152)
     assert model.tokenize("Some text.") == Model.load(smollm2_path).tokenize("Some text.")
     (row,) = measure(model, None, "shared", [Case(2, 8, 4, 6)], repeat=1)
-    assert row["ratio"] > 0
+    assert row.ratio.value > 0
     model.close()
     up = next(t for t in gguf.GGUFReader(path).tensors if "ffn_up" in t.name)
     values = gguf.dequantize(up.data, up.tensor_type)
     assert 0.5 < values.std() * 128**0.5 < 2, "outputs are about as large as inputs"
     with pytest.raises(InputError, match="cannot be written"):
-        write_shape(tmp_path / "no" / "s.gguf", Shape(1, 64, 64, 2, 1, 32), smollm2_path)
+        write_shape(tmp_path / "no" / "s.gguf", shape, smollm2_path)

@@ -1,19 +1,15 @@
 """What `pyps run` shows to people: live columns on a terminal, plain text into a pipe."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from pyps.engine.find import Progress as Report
 from pyps.forkjoin.events import (
     AnswerToken,
     BranchDone,
@@ -25,20 +21,22 @@ from pyps.forkjoin.events import (
     ToolCall,
     ToolCalled,
 )
-from pyps.forkjoin.slots import Slots
 
 _PANEL_WIDTH = 36  # narrowest column in which text reads well
 
 
 class Display(Protocol):
-    """Shows events as they come."""
+    """What shows the events of a run as they come."""
 
-    def show(self, event: Event) -> None: ...
-    def close(self) -> None: ...
+    def show(self, event: Event) -> None:
+        """Show an event."""
+
+    def close(self) -> None:
+        """End the display, whether or not the run came to its end."""
 
 
 def summary(result: Result) -> str:
-    """One line: what was saved."""
+    """Return one line on what was joined and read, and how long it took."""
     t, n = result.timing_ms, result.tokens
     if result.mode == "text":
         return f"read {n.prefilled:,} tokens; first token after {t.ttft:,.0f} ms, {t.total / 1e3:.1f} s in all"
@@ -56,19 +54,20 @@ def summary(result: Result) -> str:
 
 
 def _called(call: ToolCall) -> str:
-    """One line: a tool call, and what came of it."""
+    """Return one line on a tool call and its result."""
     arguments = call.arguments
     if isinstance(arguments, dict):
         arguments = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-    return f"> {call.name}({arguments}): {_line(call.result)[:200]}\n"
+    return f"> {call.name}({arguments}): {one_line(call.result)[:200]}\n"
 
 
-def _told(branch: BranchResult) -> str:
-    """A branch's calls, and its text."""
+def _calls_and_text(branch: BranchResult) -> str:
+    """Return a branch's calls and its text."""
     return "".join(map(_called, branch.calls)) + branch.text
 
 
-def _line(text: str) -> str:
+def one_line(text: str) -> str:
+    """Return a text without its line breaks."""
     return " ".join(text.split())
 
 
@@ -79,7 +78,7 @@ def _remark(branch: BranchResult) -> str:
 
 
 class PlainDisplay:
-    """Text without control codes. Branches appear whole, in order, when the last one is done."""
+    """Plain text without control codes. Branches appear whole, in order, when the last one is done."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -87,6 +86,7 @@ class PlainDisplay:
         self._mode: str | None = None
 
     def show(self, event: Event) -> None:
+        """Show an event."""
         if isinstance(event, BranchDone):
             self._branches[event.branch] = event.result
         elif isinstance(event, ToolCalled) and event.branch is None:
@@ -105,10 +105,10 @@ class PlainDisplay:
             self._write(summary(event.result) + "\n")
 
     def close(self) -> None:
-        pass
+        """Do nothing: all is written already."""
 
     def _begin_answer(self, mode: str) -> None:
-        """Before the first of an answer: what it is, and the branches if nothing was said yet."""
+        """Write, before an answer begins, which one it is, and the branches if they have not been written."""
         if self._mode == mode:
             return
         if self._mode is None:
@@ -121,7 +121,7 @@ class PlainDisplay:
     def _show_branches(self) -> None:
         for _, branch in sorted(self._branches.items()):
             title = f"[{branch.name}] {branch.prompt}".strip()
-            self._write(f"{title} ({_remark(branch)})\n{_told(branch)}\n\n")
+            self._write(f"{title} ({_remark(branch)})\n{_calls_and_text(branch)}\n\n")
 
     def _write(self, text: str) -> None:
         self._console.file.write(text)
@@ -129,7 +129,7 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """Branches side by side in panels that follow their text; then the answer, streamed."""
+    """Branches side by side in panels that follow their texts; then the answer as it comes."""
 
     def __init__(self, console: Console, prompts: list[str]) -> None:
         self._console = console
@@ -143,7 +143,7 @@ class LiveDisplay:
         self._column = 0
 
     def panels(self, whole: bool = False) -> Table:
-        """The branches side by side: what fits on the screen, or the whole texts."""
+        """Return the branches side by side: as much as fits on the screen, or the whole texts."""
         columns = max(1, min(len(self._texts), self._console.width // _PANEL_WIDTH))
         rows = -(-len(self._texts) // columns)
         width = self._console.width // columns
@@ -173,6 +173,7 @@ class LiveDisplay:
         )
 
     def show(self, event: Event) -> None:
+        """Show an event."""
         if isinstance(event, BranchToken):
             self._texts[event.branch] += event.text
         elif isinstance(event, ToolCalled) and event.branch is not None:
@@ -182,7 +183,7 @@ class LiveDisplay:
             self._stream(_called(event.call))
         elif isinstance(event, BranchDone):
             self._results[event.branch] = event.result
-            self._texts[event.branch] = _told(event.result)
+            self._texts[event.branch] = _calls_and_text(event.result)
         elif isinstance(event, AnswerToken):
             self._begin_answer(event.mode)
             self._stream(event.text)
@@ -194,7 +195,7 @@ class LiveDisplay:
             self._console.print(Text(summary(event.result), style="bold"))
 
     def _begin_answer(self, mode: str) -> None:
-        """Before the first of an answer: what it is, and the branches if nothing was said yet."""
+        """Write, before an answer begins, which one it is, and the branches if they have not been written."""
         if self._mode == mode:
             return
         self._end_live()
@@ -224,153 +225,7 @@ class LiveDisplay:
             self._console.print(self.panels(whole=True))
 
     def close(self) -> None:
+        """Stop following the branches."""
         if self._live:
             self._live.stop()
             self._live = None
-
-
-@contextmanager
-def progress_bar(console: Console) -> Iterator[Report]:
-    """A report function (see models.Progress) that draws a bar on a terminal, and plain lines elsewhere."""
-    if not console.is_terminal:
-        said: set[str] = set()
-
-        def say(what: str, _fraction: float | None) -> None:
-            if what not in said:
-                said.add(what)
-                console.print(what, highlight=False, soft_wrap=True)
-
-        yield say
-        return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None, visible=False)
-
-        def update(what: str, fraction: float | None) -> None:
-            bar.update(task, description=what, visible=True, total=1 if fraction is not None else None)
-            if fraction is not None:
-                bar.update(task, completed=fraction)
-
-        yield update
-
-
-def show_slots(console: Console, slots: Slots) -> None:
-    """A file of branches: what it is, and the beginning of each."""
-    console.print(
-        f"{len(slots.branches)} branches of {slots.model} ({slots.arch}); {len(slots.tokens):,} cells of "
-        f"{len(slots.layers)} layers, {slots.kv_type}, {slots.n_bytes / 1e6:,.1f} MB",
-        highlight=False,
-        soft_wrap=True,
-    )
-    table = Table(box=None, pad_edge=False)
-    table.add_column("tokens", justify="right", no_wrap=True)
-    table.add_column("name", no_wrap=True, overflow="ellipsis", max_width=24)
-    table.add_column("instruction", no_wrap=True, overflow="ellipsis", max_width=24)
-    table.add_column("text", no_wrap=True, overflow="ellipsis", max_width=max(console.width - 64, 16))
-    for b in slots.branches:
-        # not markup: a text may have brackets
-        table.add_row(f"{b.tokens:,}", Text(_line(b.name)), Text(_line(b.prompt)), Text(_line(b.text)))
-    console.print(table)
-
-
-def show_evaluation(console: Console, found: dict[str, Any]) -> None:
-    """The object that `pyps eval --json` prints, as tables for people."""
-    modes = found["modes"]
-    table = Table(box=None, pad_edge=False)
-    for name in ("", "right", "95 %", "KL", "KL first", "agreement", "ms"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for mode, m in modes.items():
-        right = ["", ""]
-        if m["accuracy"] is not None:
-            right = [f"{m['accuracy']:.1%}", "{:.0%} to {:.0%}".format(*m["accuracy_95"])]
-        table.add_row(
-            mode, *right, f"{m['kl']:.3f}", f"{m['kl_first']:.3f}", f"{m['agreement']:.0%}", f"{m['ttft_ms']:.0f}"
-        )
-    adapter = f", adapter {found['adapter']}" if found["adapter"] else ""
-    console.print(
-        f"{found['model']}{adapter}, {found['layout']} layout, {found['examples']} examples",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(table)
-    families = list(modes["text"]["families"])
-    for key, title, form in (("accuracy", "right", "{:.0%}"), ("kl", "KL", "{:.3f}")):
-        table = Table(box=None, pad_edge=False)
-        table.add_column(f"\n{title}", no_wrap=True)
-        for family in families:
-            table.add_column(f"\n{family}", justify="right", no_wrap=True)
-        for mode, m in modes.items():
-            values = [m["families"][f][key] for f in families]
-            table.add_row(mode, *("" if v is None else form.format(v) for v in values))
-        console.print(table)
-
-
-def _ms(value: float) -> str:
-    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
-
-
-def _or_dash(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}"
-
-
-def show_bench(console: Console, found: dict[str, Any]) -> None:
-    """The object that `pyps bench --json` prints, as a table for people."""
-    m, rows = found["machine"], found["rows"]
-    adapter = ", with its adapter" if found["adapter"] else ""
-    rates = ""
-    if "read_gb_s" in m:
-        rates = f" (read {m['read_gb_s']:.0f} GB/s, do {m['compute_gflop_s']:,.0f} GFLOP/s)"
-    for line in (
-        f"{found['model']}{adapter}, {found['layout']} layout, {found['kv_type']}, task of {found['task']} tokens",
-        f"{m['cpu']}, {m['threads']} threads{rates}, llama-cpp-python {m['llama_cpp_python']}",
-        f"Medians of {found['repeat']}",
-        "",
-        "Time to first token, ms",
-    ):
-        console.print(line, highlight=False, soft_wrap=True)
-    table = Table(box=None, pad_edge=False, collapse_padding=True)
-    names = "branches", "prompt", "text", "cache", "ratio", "spread", "join", "floor", "bound", "cache/floor", "K-shift"
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    for r in rows:
-        low, high = r["ratio_spread"]
-        table.add_row(
-            f"{r['branches']} x {r['tokens']}",
-            str(r["prompt"]),
-            f"{r['text_ms']:,.0f}",
-            _ms(r["cache_ms"]),
-            f"{r['ratio']:.1f}",
-            f"{low:.1f}-{high:.1f}",
-            f"{r['join_share']:.0%}",
-            _ms(r["floor_ms"]),
-            _or_dash(r["floor_bound_ms"]),
-            f"{r['floor_ratio']:.2f}",
-            _or_dash(r["kshift_ms"]),
-        )
-    console.print(table)
-    console.print("\nBranches decoding, tokens/s", highlight=False)
-    table = Table(box=None, pad_edge=False)
-    for name in ("branches", "in one batch", "bound", "one by one", "gain"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for r in {(r["branches"], r["tokens"]): r for r in rows}.values():
-        table.add_row(
-            f"{r['branches']} x {r['tokens']}",
-            f"{r['batch_tokens_s']:,.0f}",
-            _or_dash(r["batch_bound_tokens_s"]),
-            f"{r['single_tokens_s']:,.0f}",
-            f"{r['batch_gain']:.2f}",
-        )
-    console.print(table)
-    text = f"\nA joined cell takes {found['cell_bytes']:,} bytes"
-    if found["peak_mb"] is not None:
-        text += (
-            f"; a process that does the last row's branches and synthesizer needs {found['peak_mb']:,.0f} MB, the "
-            f"model file's {found['model_mb']:,.0f} MB included"
-        )
-    console.print(text, highlight=False, soft_wrap=True)

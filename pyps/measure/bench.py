@@ -1,5 +1,7 @@
-"""Speed: the time from the branches' last token to the answer's first, from their caches and from their texts, beside
-what bounds it. Everything in one process, one after the other, again and again; medians and spread.
+"""Speed: the time from the branches' last token to the answer's first, from their caches and from their texts.
+
+Everything is done in one process, one side after the other, in rounds; what is reported are medians, their spread, and
+what bounds them:
 
     text     the pasted texts and the synthesizer's prompt are read, at the best of llama.cpp's settings; the prefix is
              in the cache already, as a good server has it
@@ -8,8 +10,8 @@ what bounds it. Everything in one process, one after the other, again and again;
     bound    what the floor cannot be below on this hardware (bounds.py)
     kshift   llama.cpp's own pieces: all in one unified cache, positions moved by its K-shift of the whole
 
-Branches are made of the model's tokens for a text, as long as asked for. They have ended by themselves, as branches do:
-one that is cut off by max_tokens still has its last token to compute.
+Branches are made of the model's tokens for a text, of exactly the length that the case names. They have ended by
+themselves, as branches do: one that is cut off by max_tokens still has its last token to compute.
 """
 
 import concurrent.futures
@@ -27,18 +29,18 @@ from typing import Any
 import llama_cpp
 
 from pyps.adapters.adapter import Adapter
-from pyps.engine.context import Context, Token, prefers_flash_attn
+from pyps.engine.context import Context, Token, cell_bytes, prefers_flash_attn
+from pyps.engine.find import Progress, no_progress
 from pyps.engine.join import Span, join
 from pyps.engine.model import Model
-from pyps.engine.positions import check_joinable, rotated_layers
+from pyps.engine.positions import check_joinable
 from pyps.engine.sampling import Sampler, Sampling
 from pyps.engine.tuned import cpu_name, tuned
 from pyps.errors import InputError, PypsError
 from pyps.forkjoin import ForkJoin
-from pyps.forkjoin.long_prompts import read_prompt, reads_apart
-from pyps.forkjoin.synthesis import ContextOptions
-from pyps.measure.bounds import Rates, least_ms
-from pyps.prompts.layout import place
+from pyps.forkjoin.synthesis import ContextOptions, Output, Synthesizer, placement
+from pyps.measure.bounds import Rates, least_ms, measure_rates
+from pyps.measure.reports import BenchReport, BenchRow, Machine, Median
 
 _INSTRUCTION = 16  # tokens that a branch is told before it writes
 _DECODED = 16  # tokens of each branch over which the decoding rate is taken
@@ -56,9 +58,10 @@ class Case:
     """What one row measures.
 
     Attributes:
-        branches, tokens: how many, and how long each one's output is.
-        prompt: tokens of the synthesizer's prompt; in the paper layout the task comes on top.
-        task: tokens of the prefix, which text synthesis has in its cache, and in the shared layout the synthesizer too.
+        branches: Number of branches.
+        tokens: Tokens of each branch's output.
+        prompt: Tokens of the synthesizer's prompt; in the paper layout the task comes on top.
+        task: Tokens of the prefix, which text synthesis has in its cache, and in the shared layout the synthesizer too.
     """
 
     branches: int
@@ -67,10 +70,71 @@ class Case:
     task: int
 
     def check(self) -> None:
-        """Raises InputError for sizes that cannot be."""
+        """Raise InputError if a size is out of range."""
         for name, least, most in (("branches", 1, 128), ("tokens", 1, 2**20), ("prompt", 1, 2**20), ("task", 1, 2**20)):
             if not least <= getattr(self, name) <= most:
                 raise InputError(f"{name} must be {least:,} to {most:,}, not {getattr(self, name):,}")
+
+
+def run_bench(
+    fj: ForkJoin,
+    cases: Sequence[Case],
+    *,
+    path: Path,
+    repeat: int,
+    name: str | None = None,
+    kv_type: str = "f16",
+    threads: int | None = None,
+    report: Progress = no_progress,
+    stopped: Callable[[], bool] = lambda: False,
+) -> BenchReport:
+    """Measure all cases with the model, the adapter and the layout of `fj`. The peak of memory is left out.
+
+    Args:
+        fj: What is measured.
+        cases: At least one; all have the same task.
+        path: The model's file.
+        repeat: Rounds for the medians.
+        name: What the report calls the model; None for its file's name.
+        kv_type: Type of K and V in the caches.
+        threads: Threads of each context; None for what suits the model on this machine.
+        report: Called with what is being measured and the fraction that is done.
+        stopped: Asked before each round; once true, the report has the rows that are done.
+
+    Raises:
+        RefusedError: The model's caches cannot be joined.
+        InputError: A case does not fit into this machine.
+    """
+    model, adapter = fj.model, fj.adapter
+    check_joinable(model)
+    for case in cases:
+        case.check()
+    report("what this machine can do", None)
+    rates = measure_rates(model, kv_type, threads)
+    rows = measure(
+        model,
+        adapter,
+        fj.layout,
+        cases,
+        repeat=repeat,
+        rates=rates,
+        kv_type=kv_type,
+        threads=threads,
+        report=report,
+        stopped=stopped,
+    )
+    return BenchReport(
+        model=name or model.name,
+        adapter=str(adapter.path) if adapter else None,
+        layout=fj.layout,
+        kv_type=kv_type,
+        task=cases[0].task,
+        repeat=repeat,
+        machine=describe_machine(model, threads, rates),
+        cell_bytes=cell_bytes(model, kv_type),
+        model_mb=path.stat().st_size / 1e6,
+        rows=tuple(rows),
+    )
 
 
 def measure(
@@ -83,57 +147,68 @@ def measure(
     rates: Rates | None = None,
     kv_type: str = "f16",
     threads: int | None = None,
-    report: Callable[[str, float | None], None] = lambda what, fraction: None,
+    report: Progress = no_progress,
     stopped: Callable[[], bool] = lambda: False,
-) -> Iterator[dict[str, Any]]:
-    """One row for each case, as they are done: milliseconds as medians, and beside each its smallest and largest value
-    (`…_spread`).
+) -> Iterator[BenchRow]:
+    """Yield the row of each case when it is done.
 
-    Keys: branches, tokens, prompt, layout, task; text_ms, cache_ms, join_ms, floor_ms, kshift_ms (None where llama.cpp
-    cannot); ratio (text / cache), join_share (of cache), floor_ratio (cache / floor); text_setting; of the branches
-    decoding: batch_tokens_s, single_tokens_s, batch_gain; and, without a spread, floor_bound_ms and
-    batch_bound_tokens_s (None without rates).
+    Args:
+        model: The model.
+        adapter: Used by the synthesizer; None for none.
+        layout: The prompt layout.
+        cases: What to measure.
+        repeat: Rounds for the medians; one more, before them, warms up.
+        rates: What the machine can do, for the bounds; None leaves them out.
+        kv_type: Type of K and V in the caches.
+        threads: Threads of each context; None for what suits the model on this machine.
+        report: Called with the case and the fraction that is done.
+        stopped: Asked before each round; once true, there are no more rows.
 
     Raises:
-        RefusedError: the model's caches cannot be joined.
-        InputError: a case that does not fit into this machine.
+        RefusedError: The model's caches cannot be joined.
+        InputError: A case does not fit into this machine.
     """
     check_joinable(model)
     for case in cases:
         case.check()
+    options = ContextOptions(kv_type=kv_type, threads=threads)
     total = len(cases) * (repeat + 1)
     for i, case in enumerate(cases):
         what = f"{case.branches} x {case.tokens} tokens, prompt {case.prompt}"
         report(what, i / len(cases))
-        with _Sides(model, adapter, layout, case, kv_type, threads) as sides:
+        with _Sides(model, adapter, layout, case, options) as sides:
             for n in range(repeat + 1):  # the first warms up
                 if stopped():
                     return
                 sides.step(keep=n > 0)
                 report(what, (i * (repeat + 1) + n + 1) / total)
-            yield sides.row(layout, rates)
+            yield sides.row(rates)
     report("done", 1.0)
 
 
 class _Sides:
     """The contexts of one case, filled once."""
 
-    def __init__(
-        self, model: Model, adapter: Adapter | None, layout: str, case: Case, kv_type: str, threads: int | None
-    ) -> None:
-        self._model, self._adapter, self._case = model, adapter, case
-        self._kv_type, self._threads = kv_type, threads
+    def __init__(self, model: Model, adapter: Adapter | None, layout: str, case: Case, options: ContextOptions) -> None:
+        self._model, self._adapter, self._layout, self._case, self._options = model, adapter, layout, case, options
         self._times: dict[str, list[float]] = {}
         self._contexts: list[Context] = []
         self._best: Context | None = None
+        self._synthesizer: Synthesizer | None = None
         self._prefix = _tokens(model, case.task, 0)
         self._outputs = [_tokens(model, case.tokens, 7 * i + 1) for i in range(case.branches)]
         self._prompt = _tokens(model, case.prompt, 3)  # behind pasted texts
         shared = layout == "shared"
-        self._point = case.task if shared else 0
+        self._branch_point = case.task if shared else 0
         self._synthesizer_prompt = self._prompt if shared else self._prefix + self._prompt
         self._start = case.task + _INSTRUCTION  # where outputs stand in their branches
-        self._to = place(self._point, [case.tokens] * case.branches, bool(adapter and adapter.in_order))
+        self._starts = placement(
+            self._branch_point,
+            [case.tokens] * case.branches,
+            in_order=bool(adapter and adapter.in_order),
+            after=len(self._synthesizer_prompt) + 1,
+            n_positions=model.n_ctx_train,
+        )
         self._sampler = Sampler(model, Sampling(temperature=0, repeat_penalty=1))
         try:
             self._fill()
@@ -149,51 +224,59 @@ class _Sides:
 
     def close(self) -> None:
         self._sampler.close()
+        if self._synthesizer:
+            self._synthesizer.close()
         for ctx in self._contexts:
             ctx.close()
 
+    @property
+    def synthesizer(self) -> Synthesizer:
+        assert self._synthesizer is not None
+        return self._synthesizer
+
     def _context(self, n_ctx: int, n_seq: int = 1, *, flash_attn: bool = False, **options: Any) -> Context:
-        ctx = ContextOptions(kv_type=self._kv_type, threads=self._threads).open(
-            self._model, n_ctx, n_seq, flash_attn=flash_attn, **options
-        )
+        ctx = self._options.open(self._model, n_ctx, n_seq, flash_attn=flash_attn, **options)
         self._contexts.append(ctx)
         return ctx
 
     def _fill(self) -> None:
         c = self._case
-        joined = self._point + c.branches * c.tokens + len(self._synthesizer_prompt)
+        cells = self._branch_point + c.branches * c.tokens + len(self._synthesizer_prompt)
         self._branches = self._context(self._start + c.tokens + _DECODED, c.branches)
-        self._decoder = self._reader = self._context(joined, adapter=self._adapter)
-        if reads_apart(len(self._synthesizer_prompt), self._kv_type):
-            self._reader = self._context(joined, adapter=self._adapter, flash_attn=True)
+        self._synthesizer = Synthesizer(
+            self._model,
+            prompt=len(self._synthesizer_prompt),
+            cells=cells,
+            after=0,
+            options=self._options,
+            adapter=self._adapter,
+        )
         self._branches.prefill(0, self._prefix)
         for seq in range(1, c.branches):
             self._branches.copy(0, seq)
         for seq, output in enumerate(self._outputs):
             self._branches.prefill(seq, _tokens(self._model, _INSTRUCTION, seq) + output)
-        for ctx in {self._reader, self._decoder}:
-            ctx.warm_up()
+        self._synthesizer.warm_up()
         self._unified: Context | None = None
         if llama_cpp.llama_memory_can_shift(llama_cpp.llama_get_memory(self._branches.pointer)):
-            self._unified = self._context(joined, c.branches + 1, unified=True)
+            self._unified = self._context(cells, c.branches + 1, unified=True)
             for i in range(c.branches):
                 join(self._branches, self._unified, [Span(i, self._start, self._start + c.tokens, self._start)], i + 1)
-        if self._point:
-            join(self._branches, self._reader, [Span(0, 0, c.task, 0)])
-            if self._unified:
+            if self._branch_point:
                 join(self._branches, self._unified, [Span(0, 0, c.task, 0)])
+        self._synthesizer.keep_prefix(self._branches, self._branch_point)
 
     def step(self, keep: bool) -> None:
-        """Every side once. The first time, text synthesis is tried in every setting: the best one stays."""
-        found = self._cache() | {"text": self._text(self._best_text())} | self._decode()
+        """Do every side once. The first time, text synthesis is tried in every setting: the best one stays."""
+        times = self._cache() | {"text_ms": self._text(self._best_text())} | self._decode()
         if self._unified:
-            found["kshift"] = self._kshift(self._unified)
+            times["kshift_ms"] = self._kshift(self._unified)
         if keep:
-            found["ratio"] = found["text"] / found["cache"]
-            found["join_share"] = found["join"] / found["cache"]
-            found["floor_ratio"] = found["cache"] / found["floor"]
-            found["batch_gain"] = found["batch"] / found["single"]
-            for name, value in found.items():
+            times["ratio"] = times["text_ms"] / times["cache_ms"]
+            times["join_share"] = times["join_ms"] / times["cache_ms"]
+            times["floor_ratio"] = times["cache_ms"] / times["floor_ms"]
+            times["batch_gain"] = times["batch_tokens_s"] / times["single_tokens_s"]
+            for name, value in times.items():
                 self._times.setdefault(name, []).append(value)
 
     def _first_token(self, ctx: Context, prompt: Sequence[int]) -> None:
@@ -201,33 +284,31 @@ class _Sides:
         self._sampler.sample(ctx, -1)
 
     def _cache(self) -> dict[str, float]:
-        c, ctx = self._case, self._reader
-        if self._decoder is not ctx:
-            self._decoder.remove(0)
-        ctx.remove(0, self._point)
-        mapper = self._adapter.mapper if self._adapter else None
-        spans = [Span(i, self._start, self._start + c.tokens, to) for i, to in enumerate(self._to)]
+        c, synthesizer = self._case, self.synthesizer
+        stretch = (self._start, self._start + c.tokens)
+        outputs = [Output(self._branches, seq, (stretch,)) for seq in range(c.branches)]
+        synthesizer.forget(self._branch_point)
         began = time.perf_counter()
-        affine = mapper.coefficients([c.tokens] * c.branches, len(rotated_layers(self._model))) if mapper else None
-        join(self._branches, ctx, spans, 0, affine)
+        synthesizer.join(outputs, self._starts, self._adapter.mapper if self._adapter else None)
         joined = time.perf_counter()
-        self._first_token(self._decoder, read_prompt(ctx, self._decoder, self._synthesizer_prompt))
+        self._first_token(synthesizer.decoder, synthesizer.read(self._synthesizer_prompt))
         ended = time.perf_counter()
 
-        ctx.remove(0, self._to[-1] + c.tokens)  # the cells are there now: the same prompt on them is the floor
+        # the cells are there already: the same prompt on them is the floor
+        synthesizer.reader.remove(0, self._starts[-1] + c.tokens)
         again = time.perf_counter()
-        self._first_token(ctx, self._synthesizer_prompt)
+        self._first_token(synthesizer.reader, self._synthesizer_prompt)
         floor = time.perf_counter() - again
-        return {"cache": (ended - began) * 1e3, "join": (joined - began) * 1e3, "floor": floor * 1e3}
+        return {"cache_ms": (ended - began) * 1e3, "join_ms": (joined - began) * 1e3, "floor_ms": floor * 1e3}
 
     def _best_text(self) -> Context:
-        """The context in which text synthesis is fastest; found on the first call. One after the other: all at once may
-        not fit into memory."""
+        """Return the context in which text synthesis is fastest; the first call tries them, one after the other, as
+        all at once may not fit into memory."""
         if self._best is None:
             c = self._case
             least = math.inf
             for flash, batch in _TEXT_SETTINGS:
-                if not flash and prefers_flash_attn(self._kv_type):
+                if not flash and prefers_flash_attn(self._options.kv_type):
                     continue
                 ctx = self._context(c.task + c.branches * c.tokens + c.prompt, flash_attn=flash, n_batch=batch)
                 ctx.warm_up()
@@ -251,25 +332,28 @@ class _Sides:
     def _kshift(self, ctx: Context) -> float:
         c, memory = self._case, llama_cpp.llama_get_memory(ctx.pointer)
         began = time.perf_counter()
-        for i, to in enumerate(self._to):
+        for i, to in enumerate(self._starts):
             start, end = self._start, self._start + c.tokens
             llama_cpp.llama_memory_seq_add(memory, i + 1, start, end, to - start)
             llama_cpp.llama_memory_seq_cp(memory, i + 1, 0, to, to + c.tokens)
         self._first_token(ctx, self._synthesizer_prompt)  # the shift is part of the next decode
         took = (time.perf_counter() - began) * 1e3
-        ctx.remove(0, self._point)
-        for i, to in enumerate(self._to):
+        ctx.remove(0, self._branch_point)
+        for i, to in enumerate(self._starts):
             llama_cpp.llama_memory_seq_add(memory, i + 1, to, to + c.tokens, self._start - to)
         ctx.prefill(0, self._prompt[:1])
-        ctx.remove(0, self._point)
+        ctx.remove(0, self._branch_point)
         return took
 
     def _decode(self) -> dict[str, float]:
-        """Tokens per second of all branches, in one batch and one after another."""
+        """Return tokens per second of all branches, in one batch and one after another."""
         c, ctx = self._case, self._branches
         end = self._start + c.tokens
         rates = {}
-        for name, groups in (("batch", [range(c.branches)]), ("single", [[seq] for seq in range(c.branches)])):
+        for name, groups in (
+            ("batch_tokens_s", [range(c.branches)]),
+            ("single_tokens_s", [[seq] for seq in range(c.branches)]),
+        ):
             began = time.perf_counter()
             for group in groups:
                 for i in range(_DECODED):
@@ -280,40 +364,43 @@ class _Sides:
                 ctx.remove(seq, end)
         return rates
 
-    def row(self, layout: str, rates: Rates | None) -> dict[str, Any]:
-        c = self._case
-        found: dict[str, Any] = {"branches": c.branches, "tokens": c.tokens, "prompt": c.prompt, "layout": layout}
-        found |= {"task": c.task, "text_setting": self._setting, "kshift_ms": None}
-        units = {"batch": "_tokens_s", "single": "_tokens_s", "ratio": "", "join_share": "", "floor_ratio": ""}
-        units["batch_gain"] = ""
+    def row(self, rates: Rates | None) -> BenchRow:
+        """Return the medians of all rounds."""
+        c, kv_type = self._case, self._options.kv_type
+        medians: dict[str, Any] = {"kshift_ms": None}
         for name, values in self._times.items():
-            key = name + units.get(name, "_ms")
-            found[key] = statistics.median(values)
-            found[f"{key}_spread"] = [min(values), max(values)]
-        found |= {"floor_bound_ms": None, "batch_bound_tokens_s": None}
+            medians[name] = Median(statistics.median(values), min(values), max(values))
+        floor_bound = batch_bound = None
         if rates:
-            cells, prompt = self._point + c.branches * c.tokens, len(self._synthesizer_prompt)
-            found["floor_bound_ms"] = least_ms(self._model, rates, self._kv_type, prompt, cells)
-            step = least_ms(self._model, rates, self._kv_type, 1, self._start + c.tokens, c.branches)
-            found["batch_bound_tokens_s"] = c.branches / step * 1e3
-        return found
+            cells, prompt = self._branch_point + c.branches * c.tokens, len(self._synthesizer_prompt)
+            floor_bound = least_ms(self._model, rates, kv_type, prompt, cells)
+            step = least_ms(self._model, rates, kv_type, 1, self._start + c.tokens, c.branches)
+            batch_bound = c.branches / step * 1e3
+        return BenchRow(
+            **asdict(c),
+            layout=self._layout,
+            text_setting=self._setting,
+            floor_bound_ms=floor_bound,
+            batch_bound_tokens_s=batch_bound,
+            **medians,
+        )
 
 
 def _tokens(model: Model, n: int, skip: int) -> list[int]:
-    """n tokens of the text, told again and again, from its skip-th on."""
+    """Return n tokens of the text, which is repeated as often as it takes, from its skip-th on."""
     tokens = model.tokenize(_TEXT)
     return (tokens * ((skip + n) // len(tokens) + 1))[skip : skip + n]
 
 
 def peak_memory(path: Path, adapter: Path | None, layout: str, kv_type: str, case: Case) -> float | None:
-    """Most megabytes that a process which does the branches and the cache side of a case, and nothing else, has
-    resident. None if that process did not end well."""
+    """Return the most megabytes resident in a process that does the branches and the cache side of a case, and nothing
+    else; None if that process failed."""
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit what this process holds
     with concurrent.futures.ProcessPoolExecutor(1, spawn, _ignore_ctrl_c) as pool:
         try:
             return pool.submit(_peak_memory, path, adapter, layout, kv_type, case).result()
         except (concurrent.futures.BrokenExecutor, PypsError):
-            return None  # killed; or more positions than the model has, which tokens without a meaning do not need
+            return None  # killed; or the case needs more positions than the model has, which only real runs refuse
 
 
 def _ignore_ctrl_c() -> None:
@@ -334,7 +421,11 @@ def _peak_memory(path: Path, adapter: Path | None, layout: str, kv_type: str, ca
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS: bytes
 
 
-def describe_machine(model: Model, threads: int | None, rates: Rates | None) -> dict[str, Any]:
-    """Without which numbers mean nothing."""
-    found = {"cpu": cpu_name(), "threads": threads or tuned(model).threads, "llama_cpp_python": llama_cpp.__version__}
-    return found | (asdict(rates) if rates else {})
+def describe_machine(model: Model, threads: int | None, rates: Rates | None) -> Machine:
+    """Return what the numbers depend on beside the model."""
+    return Machine(
+        cpu=cpu_name(),
+        threads=threads or tuned(model).threads,
+        llama_cpp_python=llama_cpp.__version__,
+        **asdict(rates) if rates else {},
+    )

@@ -1,5 +1,8 @@
-"""What the hardware allows: bytes that have to be read over the bandwidth measured here, and operations that have to be
-done over the rate measured here, whichever takes longer."""
+"""What the hardware allows, from the rates measured here.
+
+A computation takes at least the bytes that have to be read over the bandwidth, and at least the operations that have to
+be done over their rate: whichever is longer bounds it.
+"""
 
 import math
 import time
@@ -21,16 +24,28 @@ _TRIES = 3
 
 @dataclass(frozen=True)
 class Rates:
-    """Gigabytes a second that all threads together read from memory, and billions of operations a second (a
-    multiply-add is two) at which llama.cpp reads a long prompt with this model."""
+    """What a machine can do with a model.
+
+    Attributes:
+        read_gb_s: Gigabytes a second that all threads together read from memory.
+        compute_gflop_s: Billions of operations a second (a multiply-add is two) at which llama.cpp reads a long prompt.
+    """
 
     read_gb_s: float
     compute_gflop_s: float
 
 
 def measure_rates(model: Model, kv_type: str = "f16", threads: int | None = None) -> Rates | None:
-    """The best of some tries, in about as many seconds; None with a GPU, whose memory is not measured. Raises
-    InputError as Context does."""
+    """Return the best of some tries, which take about as many seconds; None with a GPU, whose memory is not measured.
+
+    Args:
+        model: The model.
+        kv_type: Type of K and V in the cache.
+        threads: None for what suits the model on this machine.
+
+    Raises:
+        InputError: The context cannot be made, as Context says.
+    """
     if llama_cpp.llama_supports_gpu_offload():
         return None
     read = compute = math.inf
@@ -53,9 +68,19 @@ def measure_rates(model: Model, kv_type: str = "f16", threads: int | None = None
 
 
 def least_ms(model: Model, rates: Rates, kv_type: str, tokens: int, cells: int, sequences: int = 1) -> float:
-    """Milliseconds without which `tokens` more tokens in each of `sequences` sequences of so many cells cannot be
-    computed, the last one's logits included: weights and cells are read at least once, and every token is multiplied
-    with all weights, and with the cells it attends to."""
+    """Return the milliseconds that it takes at least to compute some tokens and the last one's logits.
+
+    Weights and cells are read at least once; every token is multiplied with all weights, and with the cells that it
+    attends to.
+
+    Args:
+        model: The model.
+        rates: What the machine can do.
+        kv_type: Type of K and V in the cache.
+        tokens: Tokens that each sequence gets.
+        cells: Cells that each sequence has already.
+        sequences: Number of sequences, computed together.
+    """
     n_bytes = native.work(model.address)[2] + sequences * _attended(model, cells) * cell_bytes(model, kv_type)
     operations = _operations(model, tokens, cells, sequences)
     return max(n_bytes / (rates.read_gb_s * 1e6), operations / (rates.compute_gflop_s * 1e6))
@@ -69,5 +94,5 @@ def _operations(model: Model, tokens: int, cells: int, sequences: int) -> float:
 
 
 def _attended(model: Model, cells: int) -> int:
-    """Cells that a token attends to in every layer: fewer than there are if layers have a sliding window."""
+    """Return the cells that a token attends to in every layer: fewer than there are if layers have a sliding window."""
     return min(cells, int(model.metadata.get(f"{model.arch}.attention.sliding_window") or cells))

@@ -1,4 +1,4 @@
-"""What this machine, this build and a model can do: found out by trying, not by looking it up."""
+"""What this machine, this build and a model can do: all of it is tried, and nothing looked up in tables."""
 
 import json
 import time
@@ -19,11 +19,21 @@ from pyps.errors import InputError, RefusedError
 from pyps.prompts.layout import Layout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelReport:
-    """`joinable` is empty if the caches of this model can be joined, otherwise the reason why not; `chat` likewise for
-    its chat template. kv_types: type -> empty, or why this model cannot have it. tuned: what suits it on this machine;
-    None for models that pyps does not run."""
+    """What pyps can do with a model on this machine.
+
+    Attributes:
+        file: The file's name.
+        name: The model's own name.
+        arch: Its architecture.
+        layers: Number of layers.
+        trained_positions: Positions that it was trained on.
+        joinable: Empty if its caches can be joined; otherwise the reason why not.
+        chat: Empty if its chat template can be used; otherwise what is wrong with it.
+        kv_types: For each type of K and V: empty, or why the model cannot have it.
+        tuned: What suits the model on this machine; None for models that pyps does not run.
+    """
 
     file: str
     name: str
@@ -36,8 +46,18 @@ class ModelReport:
     tuned: Tuned | None
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, kw_only=True)
+class DoctorReport:
+    """What this machine and this build can do.
+
+    Attributes:
+        llama_cpp_python: The version of llama-cpp-python.
+        system: What llama.cpp says of the machine.
+        threads: Number of physical cores.
+        gpu: Whether llama.cpp was built for a GPU.
+        model: The model that was examined, if any.
+    """
+
     llama_cpp_python: str
     system: str
     threads: int
@@ -45,9 +65,11 @@ class Report:
     model: ModelReport | None
 
     def to_json(self) -> str:
+        """Return the report as a JSON object."""
         return json.dumps(asdict(self), ensure_ascii=False, indent=2)
 
     def to_text(self) -> str:
+        """Return the report as lines for people."""
         lines = [
             f"llama-cpp-python  {self.llama_cpp_python}, the version pyps was built for",
             f"llama.cpp         {self.system}",
@@ -71,12 +93,19 @@ class Report:
         return "\n".join(lines)
 
 
-def examine(path: Path | None, report: Progress = no_progress) -> Report:
-    """The machine and the build; with a path, the model as well, which takes some seconds. Raises InputError if that
-    cannot be loaded."""
+def examine(path: Path | None, report: Progress = no_progress) -> DoctorReport:
+    """Examine the machine and the build, and a model if there is one, which takes some seconds.
+
+    Args:
+        path: The model's file; None for no model.
+        report: Called with what is being tried.
+
+    Raises:
+        InputError: The model cannot be loaded.
+    """
     with log.captured():
         system = llama_cpp.llama_print_system_info().decode("utf-8", "replace").strip()
-    return Report(
+    return DoctorReport(
         llama_cpp_python=llama_cpp.__version__,
         system=system,
         threads=default_threads(),
@@ -122,7 +151,7 @@ _PATIENCE = 10.0  # seconds: a long prompt that would take longer is not tried
 
 
 def _tune(model: Model) -> Tuned | None:
-    """Tries numbers of threads on a short prompt and a short answer, and batch sizes on a long prompt."""
+    """Try numbers of threads on a short prompt and a short answer, and batch sizes on a long prompt."""
     try:
         model.check_generates()
         with Context(model, 256) as ctx:
@@ -139,13 +168,13 @@ def _tune(model: Model) -> Tuned | None:
         expected = (time.perf_counter() - began) * _LONG / _PROMPT
     if expected < _PATIENCE:
         batch = _fastest(batch, {256, 512}, lambda n: _time_long(model, threads, n))
-    found = Tuned(threads, batch)
-    write_tuned(model, found)
-    return found
+    fastest = Tuned(threads, batch)
+    write_tuned(model, fastest)
+    return fastest
 
 
 def _fastest(default: int, candidates: set[int], seconds: Callable[[int], float]) -> int:
-    """The default, unless another is surely faster. Tried in turn, three times: medians."""
+    """Return the default, unless another candidate is surely faster: all are tried in turn, three times."""
     times: dict[int, list[float]] = {n: [] for n in candidates}
     for _ in range(3):
         for n in times:

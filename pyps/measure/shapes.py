@@ -1,6 +1,8 @@
 """Models of a usual shape with random weights, to measure speed without a download. What they say means nothing."""
 
-from collections.abc import Callable
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,15 +10,16 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from pyps.errors import InputError
+from pyps.engine.find import Progress, no_progress
+from pyps.files import check_writable, whole
 
 _Q8_0 = gguf.GGMLQuantizationType.Q8_0
 _BLOCK, _BLOCK_BYTES = gguf.GGML_QUANT_SIZES[_Q8_0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Of a Llama model, its output sharing the embedding's weights."""
+    """The sizes of a Llama model whose output shares the embedding's weights."""
 
     layers: int
     channels: int
@@ -28,27 +31,48 @@ class Shape:
 
 # Llama 3.2 1B and 3B, Llama 3.1 8B; the vocabulary is the default model's
 SHAPES = {
-    "1b": Shape(16, 2048, 8192, 32, 8, 64),
-    "3b": Shape(28, 3072, 8192, 24, 8, 128),
-    "8b": Shape(32, 4096, 14336, 32, 8, 128),
+    "1b": Shape(layers=16, channels=2048, feed_forward=8192, heads=32, kv_heads=8, head_dim=64),
+    "3b": Shape(layers=28, channels=3072, feed_forward=8192, heads=24, kv_heads=8, head_dim=128),
+    "8b": Shape(layers=32, channels=4096, feed_forward=14336, heads=32, kv_heads=8, head_dim=128),
 }
 
 
-def write_shape(path: Path, shape: Shape, tokenizer: Path, report: Callable[[float], None] = lambda done: None) -> None:
-    """Write a Q8_0 model of a shape. It is written piece by piece: 8b has as many gigabytes.
+@contextlib.contextmanager
+def temporary_model(name: str, tokenizer: Path, report: Progress = no_progress) -> Iterator[Path]:
+    """Yield the file of a model with random weights, which is gone afterwards.
 
     Args:
-        tokenizer: a GGUF model whose vocabulary and chat template it gets.
-        report: called with the fraction that is done.
+        name: A key of SHAPES.
+        tokenizer: A GGUF model whose vocabulary and chat template it gets.
+        report: Called while the file is written.
 
     Raises:
-        InputError: the disk has no room for it.
+        MachineError: The disk has no room for it.
     """
+    with tempfile.TemporaryDirectory(prefix="pyps-") as folder:
+        path = Path(folder) / f"{name}-random.gguf"
+        write_shape(path, SHAPES[name], tokenizer, report)
+        yield path
+
+
+def write_shape(path: Path, shape: Shape, tokenizer: Path, report: Progress = no_progress) -> None:
+    """Write a Q8_0 model of a shape, piece by piece: the largest has eight gigabytes.
+
+    Args:
+        path: The file to write.
+        shape: The model's sizes.
+        tokenizer: A GGUF model whose vocabulary and chat template it gets.
+        report: Called with the fraction that is done.
+
+    Raises:
+        InputError: There is no such folder.
+        MachineError: The disk has no room for it.
+    """
+    check_writable(path, "model")
     reader = gguf.GGUFReader(tokenizer)
     n_vocab = len(reader.fields["tokenizer.ggml.tokens"].data)
     tensors = _tensors(shape, n_vocab)
-    try:
-        writer = gguf.GGUFWriter(path, "llama")
+    with whole(path) as partial, contextlib.closing(gguf.GGUFWriter(partial, "llama")) as writer:
         writer.add_name("random weights")
         writer.add_context_length(131072)
         writer.add_embedding_length(shape.channels)
@@ -83,19 +107,16 @@ def write_shape(path: Path, shape: Shape, tokenizer: Path, report: Callable[[flo
                 scales[:] = np.array([1 / 64 / columns**0.5], np.float16).view(np.uint8)
                 writer.write_tensor_data(values)
             done += rows * columns
-            report(done / total)
-        writer.close()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error}") from None
+            report("writing the model", done / total)
 
 
 def _tensors(shape: Shape, n_vocab: int) -> dict[str, tuple[int, int]]:
-    """Rows and columns of each; norms have one row."""
+    """Return rows and columns of each tensor; norms have one row."""
     s = shape
     q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
-    found = {"token_embd.weight": (n_vocab, s.channels), "output_norm.weight": (1, s.channels)}
+    tensors = {"token_embd.weight": (n_vocab, s.channels), "output_norm.weight": (1, s.channels)}
     for i in range(s.layers):
-        found |= {
+        tensors |= {
             f"blk.{i}.attn_norm.weight": (1, s.channels),
             f"blk.{i}.attn_q.weight": (q, s.channels),
             f"blk.{i}.attn_k.weight": (kv, s.channels),
@@ -106,9 +127,9 @@ def _tensors(shape: Shape, n_vocab: int) -> dict[str, tuple[int, int]]:
             f"blk.{i}.ffn_up.weight": (s.feed_forward, s.channels),
             f"blk.{i}.ffn_down.weight": (s.channels, s.feed_forward),
         }
-    return found
+    return tensors
 
 
 def _random_blocks() -> NDArray[np.uint8]:
-    """Some of Q8_0, again and again the same: speed does not depend on what they are."""
+    """Return blocks of Q8_0, the same ones each time: speed does not depend on what they are."""
     return np.random.default_rng(0).integers(0, 256, 30000 * _BLOCK_BYTES, np.uint8)

@@ -1,0 +1,276 @@
+"""What several commands share: exit codes, options and their types, Ctrl-C, progress, and how a measurement ends."""
+
+import contextlib
+import errno
+import importlib
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+import rich.progress
+from rich.console import Console
+
+from pyps.adapters.format import LAYOUTS
+from pyps.engine.context import KV_TYPES
+from pyps.engine.find import AUTO, DEFAULT_MODEL, Progress
+from pyps.errors import PypsError, missing_extra
+from pyps.forkjoin import ForkJoin
+
+if TYPE_CHECKING:
+    from pyps.measure.reports import BenchReport, EvaluationReport
+
+
+class Group(click.Group):
+    """A group whose commands end with one line on stderr and an exit code when something goes wrong.
+
+    A mistake in the request ends with 2, a failure of the machine or of llama.cpp with 1, Ctrl-C with 130.
+    """
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except PypsError as error:
+            _fail(ctx, str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail(ctx, "interrupted", 130)
+        except MemoryError:
+            _fail(ctx, "there is not enough memory", 1)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # click's own business
+                raise
+            _fail(ctx, str(error), 1)
+        return None
+
+
+def _fail(ctx: click.Context, message: str, exit_code: int) -> None:
+    click.echo(f"pyps: {message}", err=True)
+    ctx.exit(exit_code)
+
+
+class Numbers(click.ParamType):
+    """Whole numbers with commas between them."""
+
+    name = "numbers"
+    kind: Callable[[str], float] = int
+    what = "whole numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the list of numbers."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return [self.kind(number) for number in value.split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is not a list of {self.what} with commas between them.", param, ctx)
+
+
+class Weights(Numbers):
+    """Numbers, which need not be whole, with commas between them."""
+
+    name = "weights"
+    kind = float
+    what = "numbers"
+
+
+class NameValue(click.ParamType):
+    """A name and a value with an equals sign between them."""
+
+    name = "name=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the name and the value."""
+        if not isinstance(value, str):
+            return value
+        name, sign, text = value.partition("=")
+        if not sign:
+            self.fail(f"{value!r} is not of the form NAME=VALUE.", param, ctx)
+        return name.strip(), text
+
+
+def _none(_ctx: click.Context, _parameter: click.Parameter, adapter: str) -> str | None:
+    return None if adapter == "none" else adapter
+
+
+model_option = click.option(
+    "--model",
+    "-m",
+    default=DEFAULT_MODEL,
+    show_default=True,
+    help="The model: a GGUF file, 'smollm2', or hf:OWNER/REPO:QUANT.",
+)
+adapter_option = click.option(
+    "--adapter",
+    "-a",
+    metavar="FILE",
+    default=AUTO,
+    show_default=True,
+    callback=_none,
+    help="The synthesizer's adapter, a GGUF file. 'auto' takes the one that comes with pyps for the model, if there is "
+    "one; 'none' takes none.",
+)
+layout_option = click.option(
+    "--layout", type=click.Choice(LAYOUTS), help="The prompt layout. Without it, the adapter's is used, or shared."
+)
+threads_option = click.option(
+    "--threads",
+    "-t",
+    type=int,
+    help="Number of threads. Without it, pyps uses what pyps doctor found, or the physical cores.",
+)
+kv_type_option = click.option(
+    "--kv-type",
+    metavar="TYPE",
+    default="f16",
+    show_default=True,
+    help=f"Type of K and V in the caches: {', '.join(KV_TYPES)}; or one for K and one for V, as in q8_0/f16. The "
+    "quantised ones are smaller and, on a CPU, slower.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+plot_option = click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Also draw a picture (PNG, SVG or PDF). This needs pyps-llama[plot].",
+)
+
+
+class Interrupt:
+    """Ctrl-C during a job: the first one asks the job to end with what there is; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self._requested = False
+        self._handler_before = signal.getsignal(signal.SIGINT)
+
+    def __enter__(self) -> "Interrupt":
+        signal.signal(signal.SIGINT, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._handler_before)
+
+    def requested(self) -> bool:
+        """Return whether Ctrl-C was pressed."""
+        return self._requested
+
+    def exit_if_requested(self, message: str = "") -> None:
+        """End the program with 130 if Ctrl-C was pressed, after a message if there is one."""
+        if self._requested:
+            if message:
+                click.echo(f"pyps: {message}", err=True)
+            sys.exit(130)
+
+    def read_line(self, prompt: str) -> str | None:
+        """Read a line from standard input; None at its end, or at Ctrl-C."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a handler that returns would not end input()
+        try:
+            return input(prompt)
+        except (EOFError, KeyboardInterrupt):
+            return None
+        finally:
+            signal.signal(signal.SIGINT, self._request)
+
+    def _request(self, _signal: int, _frame: FrameType | None) -> None:
+        if self._requested:
+            raise KeyboardInterrupt
+        self._requested = True
+
+
+@contextlib.contextmanager
+def progress_bar(console: Console) -> Iterator[Progress]:
+    """Yield a Progress function that draws a bar on a terminal, and writes each text once elsewhere."""
+    if not console.is_terminal:
+        written: set[str] = set()
+
+        def write(what: str, _fraction: float | None) -> None:
+            if what not in written:
+                written.add(what)
+                console.print(what, highlight=False, soft_wrap=True)
+
+        yield write
+        return
+    columns = (
+        rich.progress.SpinnerColumn(),
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.TimeElapsedColumn(),
+    )
+    with rich.progress.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None, visible=False)
+
+        def update(what: str, fraction: float | None) -> None:
+            bar.update(task, description=what, visible=True, total=1 if fraction is not None else None)
+            if fraction is not None:
+                bar.update(task, completed=fraction)
+
+        yield update
+
+
+def import_extra(module: str, extra: str) -> ModuleType:
+    """Import a module whose packages the base installation may lack.
+
+    Args:
+        module: Its full name.
+        extra: The optional part of pyps that has the packages.
+
+    Raises:
+        InputError: A package is missing.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise missing_extra(f"this needs more packages ({error})", extra) from None
+
+
+def check_plot(plot: Path | None) -> None:
+    """Raise InputError if a picture that is asked for cannot be drawn: before the work, not after it."""
+    if plot:
+        import_extra("pyps.measure.plot", "plot").check(plot)
+
+
+def show_warnings(fj: ForkJoin) -> None:
+    """Write what does not fit between the adapter and the model to stderr."""
+    for warning in fj.adapter.warnings if fj.adapter else []:
+        click.echo(f"pyps: warning: {warning}", err=True)
+
+
+def print_json(value: object) -> None:
+    """Print an object as people and programs can read it."""
+    click.echo(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+R = TypeVar("R", "BenchReport", "EvaluationReport")
+
+
+def finish(
+    report: R,
+    show: Callable[[Console, R], None],
+    *,
+    plot: Path | None,
+    as_json: bool,
+    interrupt: Interrupt,
+    progress: str,
+) -> None:
+    """End a measurement: draw it, print it, and exit with 130 after Ctrl-C.
+
+    Args:
+        report: What was measured.
+        show: Prints the report as tables for people.
+        plot: Where the picture goes; None for no picture.
+        as_json: Whether the report is printed as a JSON object instead.
+        interrupt: Whether Ctrl-C was pressed.
+        progress: How much of how many is done ("3 of 4 rows"), for the message after Ctrl-C.
+    """
+    if plot and not report.is_empty:
+        import_extra("pyps.measure.plot", "plot").write(report, plot)
+    if as_json:
+        print_json(report.to_dict())
+    elif not report.is_empty:
+        show(Console(), report)
+    interrupt.exit_if_requested(f"stopped after {progress}")
