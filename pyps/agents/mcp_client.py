@@ -1,4 +1,4 @@
-"""Tools of an MCP server (pyps-llama[mcp]), which is a program of the user's that pyps starts and stops."""
+"""Tools of an MCP server (pyps[mcp]), which is a program of the user's that pyps starts and stops."""
 
 import asyncio
 import threading
@@ -30,7 +30,7 @@ class McpServer:
         try:
             from mcp import Client, StdioServerParameters
         except ImportError:
-            raise InputError("MCP servers need the package mcp: pip install 'pyps-llama[mcp]'") from None
+            raise InputError("MCP servers need the package mcp: pip install 'pyps[mcp]'") from None
         parameters = StdioServerParameters(command=command[0], args=list(command[1:]), cwd=folder)
         ready: Future[list[Any]] = Future()
         self._task: asyncio.Task[None] | None = None

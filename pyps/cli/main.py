@@ -654,7 +654,7 @@ def _limited(examples: "list[Example]", limit: int | None) -> "list[Example]":
 def convert(
     sources: tuple[Path, ...], output: Path, base: str, kind: str, layout: str, in_order: bool, weights: str | None
 ) -> None:
-    """Turn a trained adapter into one GGUF file, or such a file back into PyTorch's (needs pyps-llama[train]).
+    """Turn a trained adapter into one GGUF file, or such a file back into PyTorch's (needs pyps[train]).
 
     SOURCES: a PEFT LoRA directory with cache_mapper.pt in it or beside it, or a checkpoint in the published layout; of
     several the weighted average is taken. Or one GGUF adapter: OUTPUT is then a folder.
@@ -710,7 +710,7 @@ _seed = click.option("--seed", default=0, show_default=True)
 )
 @_seed
 def families(folder: Path, n_train: int, n_held_out: int, targets: float, seed: int) -> None:
-    """Six families of questions, and open ones (needs pyps-llama[data]).
+    """Six families of questions, and open ones (needs pyps[data]).
 
     Look up, combine, list, compare, majority, contradiction. Writes train.jsonl and held-out.jsonl into FOLDER; the
     latter has other entities and other ways to ask.
@@ -780,7 +780,7 @@ def distillation(source: str, out: Path, task: str, branches: int, answer: str |
 @main.command(cls=_Command)
 @click.argument("config", type=click.Path(path_type=Path))
 def train(config: Path) -> None:
-    """Train an adapter as CONFIG, a YAML file, says (needs pyps-llama[train]).
+    """Train an adapter as CONFIG, a YAML file, says (needs pyps[train]).
 
     Writes adapter.gguf into the folder that CONFIG names. Interrupted or not, the same command goes on where it was.
     Several processes: accelerate launch -m pyps.cli train CONFIG.
@@ -801,7 +801,7 @@ def _needs_extra(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise InputError(f"this needs more packages ({error}): pip install 'pyps-llama[{extra}]'") from None
+        raise InputError(f"this needs more packages ({error}): pip install 'pyps[{extra}]'") from None
 
 
 def _talk(chat: Chat, sampling: Sampling, interrupt: _Interrupt, notes: Console) -> None:

@@ -1,4 +1,4 @@
-"""Pictures, with matplotlib (pyps-llama[plot]); imported only by what draws one."""
+"""Pictures, with matplotlib (pyps[plot]); imported only by what draws one."""
 
 import os
 from collections.abc import Sequence
