@@ -1,10 +1,9 @@
 """Going on after the answer."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.command_line import pyps
 
 from pyps import ForkJoin, InputError, Limits, Sampling, ToolCall, tool
 from pyps.engine.context import Context
@@ -73,11 +72,10 @@ def test_no_room(tiny_path: Path) -> None:
             fj.run("Go", ["a"], sampling=GREEDY, keep=True, room=-1)
 
 
-def test_on_the_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pyps.cli", "run", "Talk.", "-b", "a", "-b", "b", "--max-tokens", "12", "--chat"]
-    done = subprocess.run(command, input="Go on.\n\nAnd?\n", capture_output=True, text=True, timeout=200)
+def test_on_the_command_line() -> None:
+    arguments = ["run", "Talk.", "-b", "a", "-b", "b", "--max-tokens", "12", "--chat"]
+    done = pyps(*arguments, stdin="Go on.\n\nAnd?\n")
     assert done.returncode == 0, done.stderr
     after = done.stdout.split("s in all\n")[1]
     assert len([part for part in after.split("\n\n") if part.strip()]) >= 2
-    wrong = subprocess.run([*command, "--json"], input="", capture_output=True, text=True, timeout=200)
-    assert wrong.returncode == 2
+    assert pyps(*arguments, "--json").returncode == 2

@@ -212,7 +212,7 @@ MUTANTS = [
         "pyps/forkjoin/forkjoin.py",
         "None if affine is None else affine[of]",
         "None if affine is None else affine[: len(of)]",
-        ("tests/test_tree.py::test_its_caches_are_the_oracles[qwen2]",),
+        ("tests/test_joins_of_joins.py::test_its_caches_are_the_oracles[qwen2]",),
     ),
     Mutant(
         "what is left out of a branch leaves a gap",

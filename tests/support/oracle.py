@@ -165,7 +165,8 @@ class Oracle:
             case arch:
                 name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[arch]
                 config = getattr(transformers, f"{name}Config")(**common, rope_parameters=rope)
-        model: Any = transformers.AutoModelForCausalLM.from_config(config)
+        build: Any = transformers.AutoModelForCausalLM.from_config
+        model: Any = build(config)
         model.load_state_dict(self._state(weights), strict=True)
         if self._factors is not None:
             model.model.rotary_emb.inv_freq /= self._factors

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.caches import read
-from support.oracle import Oracle, Span
+from support.oracle import Joined, Oracle, Span
 from support.tiny import mapper_metadata, write_adapter, write_model
 
 from pyps import Branches, ForkJoin, Sampling
@@ -29,7 +30,7 @@ class Tree:
         before = [*p.prefix, *p.branches[0]]
         return self.oracle.encode([*before, *said], (len(before), len(before) + len(said)))
 
-    def joined(self, task: str, spans: list[Span]):  # type: ignore[no-untyped-def]
+    def joined(self, task: str, spans: list[Span]) -> Joined:
         prefix = self.oracle.encode(self.prompts(task, []).prefix, (0, len(self.prompts(task, []).prefix)))
         assert self.fj.adapter is not None
         assert self.fj.adapter.mapper is not None
@@ -50,7 +51,7 @@ def _rows(values: list[torch.Tensor], layer: int) -> np.ndarray:
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3"])  # whose keys GGUF does not permute
 def test_its_caches_are_the_oracles(tmp_path: Path, arch: str) -> None:
     path = write_model(tmp_path / "m.gguf", arch)
-    options = {"pyps__layout": "shared", "pyps__in_order": True}
+    options: dict[str, Any] = {"pyps__layout": "shared", "pyps__in_order": True}
     adapter = write_adapter(tmp_path / "a.gguf", arch=arch, mapper=mapper_metadata(3), **options)
     pairs = {"Go left.": ["a", "b"], "Go right.": ["c", "d"]}
     with ForkJoin.from_pretrained(str(path), adapter=adapter, kv_type="f32") as fj:
