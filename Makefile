@@ -1,6 +1,6 @@
 # make demo    build everything into .venv and run a fork-join on the default model
 # make test    the same, with the test dependencies; then lint and the whole test suite
-# make lint    ruff and mypy
+# make lint    ruff, mypy, and that imports go one way
 # make exact   the comparison with the oracle alone; writes docs/exactness.md
 # make mutants breaks the implementation on purpose, line by line, and sees whether the tests notice
 # make soak    a thousand forks, joins and generations in one process: memory must stay where it is
@@ -50,6 +50,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 exact: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests/test_oracle.py -m "exact or not exact" --write-exactness
