@@ -256,10 +256,12 @@ def test_a_grammar_that_no_token_fits(tiny_path: Path) -> None:
     """llama.cpp would abort the process."""
     with ForkJoin.from_pretrained(str(tiny_path)) as fj:
         for character in ("\\U0010FFFE", "\\x01"):
+            refusal = ""
             try:
                 fj.generate(["a"], sampling=Sampling(grammar=f'root ::= "{character}" "é"', max_tokens=20))
             except InputError as error:
-                assert "no token that could come next" in str(error)
+                refusal = str(error)
+            assert not refusal or "no token that could come next" in refusal
 
 
 def test_choices() -> None:
@@ -279,9 +281,9 @@ def test_generation_still_needs_no_tools(tiny_path: Path) -> None:
         assert [text for _, text in generate(ctx, [g])]
 
 
-def test_the_synthesizer_calls_too(smollm2_path: Path) -> None:
+def test_the_synthesizer_calls_too(tiny_path: Path) -> None:
     """In front of the joined caches; and again from the texts."""
-    with ForkJoin.from_pretrained(str(smollm2_path)) as fj:
+    with ForkJoin.from_pretrained(str(tiny_path)) as fj:
         options: dict[str, Any] = {"sampling": GREEDY, "tools": [toss], "limits": ONE_CALL}
         events = list(fj.stream(TASK, ["a", "b"], compare=True, **options))
         result = result_of(events)

@@ -204,7 +204,8 @@ def test_a_long_prompt_is_read_with_flash_attention_and_moved(smollm2: Model, mo
         monkeypatch.setattr(long_prompts, "_LONG", least)
         fj = ForkJoin(smollm2, layout="paper", kv_type="f32")
         result = fj.run(TASK, BRANCHES, sampling=GREEDY, compare=True, keep=True)
-        assert result.kept and result.compare
+        assert result.kept
+        assert result.compare
         assert result.kept.ctx.n_cells(0) == result.tokens.joined + result.tokens.prefilled + result.tokens.generated
         again = fj.run(TASK, join=result.kept, sampling=GREEDY)
         found.append((result.answer, result.tokens, result.compare.answer, result.compare.tokens, again.answer))

@@ -52,8 +52,10 @@ def test_a_model_without_a_template_gets_chatml(tiny: Model) -> None:
     [
         # no system role: it goes to the head of the user's turn
         (
-            "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-            "{{ bos_token }}<user>{{ messages[0].content | trim }}<end>",
+            (
+                "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+                "{{ bos_token }}<user>{{ messages[0].content | trim }}<end>"
+            ),
             "<|endoftext|><user>Be brief.\n\nHi",
         ),
         ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]", "[system]Be brief.[user]Hi"),
