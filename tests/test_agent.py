@@ -158,9 +158,9 @@ def test_what_is_joined(tiny_path: Path, joined: str) -> None:
             again.prefill(0, prompt.prefix + prompt.branches[0])
             assert again.end(0) == start
             again.prefill(0, list(everything.cached[0].tokens))
-            mine, theirs = read(forked.ctx, 0, 2), read(again, 0, 2)
-            assert len(mine.k) == len(theirs.k)
-            assert abs(mine.k - theirs.k).max() < 2e-2
+            written, reread = read(forked.ctx, 0, 2), read(again, 0, 2)
+            assert len(written.k) == len(reread.k)
+            assert abs(written.k - reread.k).max() < 2e-2
         result = fj.run(TASK, join=forked, sampling=sampling, keep=True)
         assert result.tokens.joined == len(cached.tokens)
         assert result.kept is not None

@@ -199,7 +199,7 @@ def test_a_stream_that_is_dropped_frees_its_contexts(fj: ForkJoin) -> None:
 
 def test_a_long_prompt_is_read_with_flash_attention_and_moved(smollm2: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """In both modes: what the answer sees is the same, and it can be kept."""
-    found = []
+    runs = []
     for least in (16, 10**6):
         monkeypatch.setattr(long_prompts, "_LONG", least)
         fj = ForkJoin(smollm2, layout="paper", kv_type="f32")
@@ -208,9 +208,9 @@ def test_a_long_prompt_is_read_with_flash_attention_and_moved(smollm2: Model, mo
         assert result.compare
         assert result.kept.ctx.n_cells(0) == result.tokens.joined + result.tokens.prefilled + result.tokens.generated
         again = fj.run(TASK, join=result.kept, sampling=GREEDY)
-        found.append((result.answer, result.tokens, result.compare.answer, result.compare.tokens, again.answer))
+        runs.append((result.answer, result.tokens, result.compare.answer, result.compare.tokens, again.answer))
         result.kept.close()
-    assert found[0] == found[1]
+    assert runs[0] == runs[1]
 
 
 def test_on_an_existing_llama(smollm2_path: Path, fj: ForkJoin) -> None:

@@ -75,13 +75,13 @@ def assert_holds(
     ctx: Context, seq: int, layer: int, kv_type: str, parts: list[tuple[np.ndarray, np.ndarray, int]]
 ) -> None:
     """The sequence holds exactly these parts (K, V, first position), each value within one rounding of the type."""
-    found = read(ctx, seq, layer, kv_type)
-    order = np.argsort(found.rows)  # placed side by side, in the order given
+    cells = read(ctx, seq, layer, kv_type)
+    order = np.argsort(cells.rows)  # placed side by side, in the order given
     positions = np.concatenate([to + np.arange(len(k)) for k, _, to in parts])
-    assert (found.positions[order] == positions).all()
+    assert (cells.positions[order] == positions).all()
     for name, got, want in (
-        ("K", found.k[order], np.concatenate([p[0] for p in parts])),
-        ("V", found.v[order], np.concatenate([p[1] for p in parts])),
+        ("K", cells.k[order], np.concatenate([p[0] for p in parts])),
+        ("V", cells.v[order], np.concatenate([p[1] for p in parts])),
     ):
         # RoPE in float32 loses a little more than the storing: relative to the row's size
         bound = 1.01 * EPSILON[kv_type] * np.abs(want) + 2e-6 * np.abs(want).max(axis=1, keepdims=True)
@@ -103,10 +103,10 @@ def test_without_rotation_and_mapper_every_bit_is_copied(pair: Pair, together: b
         want_v = np.concatenate(
             [before[0][layer].v_bytes[5:40], before[1][layer].v_bytes[:30], before[2][layer].v_bytes[7:33]]
         )
-        found = read(pair.dst, 0, layer)
-        order = np.argsort(found.rows)
-        assert (found.k_bytes[order] == want_k).all()
-        assert (found.v_bytes[order] == want_v).all()
+        cells = read(pair.dst, 0, layer)
+        order = np.argsort(cells.rows)
+        assert (cells.k_bytes[order] == want_k).all()
+        assert (cells.v_bytes[order] == want_v).all()
         for seq in range(3):
             after = read(pair.src, seq, layer)
             assert (after.k_bytes == before[seq][layer].k_bytes).all(), "the source has changed"
@@ -217,8 +217,8 @@ def test_both_caches_of_a_sliding_window_model(gemma3: Model) -> None:
         assert dst.end(0) == 89
         for layer in range(7):
             base = 500000.0 if layer == 5 else 10000.0
-            found = read(dst, 0, layer, "f32")
-            order = np.argsort(found.rows)[9:]
+            cells = read(dst, 0, layer, "f32")
+            order = np.argsort(cells.rows)[9:]
             parts = []
             for i, (seq, start, end) in enumerate([(0, 20, 100), (1, 10, 60)]):
                 source = read(src, seq, layer, "f32")
@@ -226,8 +226,8 @@ def test_both_caches_of_a_sliding_window_model(gemma3: Model) -> None:
                 turned = rotate(source.k[start:end], 9 - start, HEAD_DIM, base, neox=True)
                 parts.append((a_k * turned + b_k, a_v * source.v[start:end] + b_v))
             want_k, want_v = (np.concatenate([p[j] for p in parts]) for j in (0, 1))
-            np.testing.assert_allclose(found.k[order], want_k, rtol=0, atol=2e-5 * np.abs(want_k).max())
-            np.testing.assert_allclose(found.v[order], want_v, rtol=0, atol=1e-6)
+            np.testing.assert_allclose(cells.k[order], want_k, rtol=0, atol=2e-5 * np.abs(want_k).max())
+            np.testing.assert_allclose(cells.v[order], want_v, rtol=0, atol=1e-6)
 
 
 def test_a_joined_sequence_goes_on_like_the_original(gemma3: Model, tiny: Model) -> None:
@@ -412,12 +412,12 @@ def test_any_joins_do_what_the_model_says(
     for seq in range(2):
         assert world.dst.end(seq) == max((p for p, _, _ in model[seq]), default=-1) + 1
         for layer in range(N_LAYERS):
-            found = read(world.dst, seq, layer, "f32")
-            order = np.argsort(found.rows)
-            assert found.positions[order].tolist() == [p for p, _, _ in model[seq]]
+            joined = read(world.dst, seq, layer, "f32")
+            order = np.argsort(joined.rows)
+            assert joined.positions[order].tolist() == [p for p, _, _ in model[seq]]
             if model[seq]:
-                np.testing.assert_allclose(found.k[order], [k[layer] for _, k, _ in model[seq]], rtol=0, atol=2e-4)
-                np.testing.assert_allclose(found.v[order], [v[layer] for _, _, v in model[seq]], rtol=0, atol=1e-5)
+                np.testing.assert_allclose(joined.k[order], [k[layer] for _, k, _ in model[seq]], rtol=0, atol=2e-4)
+                np.testing.assert_allclose(joined.v[order], [v[layer] for _, _, v in model[seq]], rtol=0, atol=1e-5)
     for seq in range(3):
         for layer in range(N_LAYERS):
             assert (read(world.src, seq, layer).k_bytes == world.source[seq][layer].k_bytes).all()
@@ -433,15 +433,15 @@ def test_scattered_free_cells_are_filled(tiny: Model) -> None:
         ):
             for pos in range(128):
                 dst.decode([Token(pos, pos, 0), Token(pos + 1, pos, 1)])
-            kept = read(dst, 0, 2)
+            before = read(dst, 0, 2)
             dst.remove(1)
             join(src, dst, [Span(0, 0, 40, 0), Span(1, 0, 45, 0)], 1)
-            found, first, second = read(dst, 1, 2), read(src, 0, 2), read(src, 1, 2)
-            order = np.argsort(found.rows)
-            assert (np.diff(np.sort(found.rows)) > 1).any()
-            assert (found.k_bytes[order] == np.concatenate([first.k_bytes, second.k_bytes])).all()
-            assert (found.v_bytes[order] == np.concatenate([first.v_bytes, second.v_bytes])).all()
-            assert (read(dst, 0, 2).v_bytes == kept.v_bytes).all()
+            cells, first, second = read(dst, 1, 2), read(src, 0, 2), read(src, 1, 2)
+            order = np.argsort(cells.rows)
+            assert (np.diff(np.sort(cells.rows)) > 1).any()
+            assert (cells.k_bytes[order] == np.concatenate([first.k_bytes, second.k_bytes])).all()
+            assert (cells.v_bytes[order] == np.concatenate([first.v_bytes, second.v_bytes])).all()
+            assert (read(dst, 0, 2).v_bytes == before.v_bytes).all()
 
 
 def test_between_decodes_of_one_shape_nothing_is_disturbed(tiny: Model) -> None:
@@ -629,14 +629,14 @@ def test_quantised_caches_keep_every_bit_without_rotation_and_mapper(
     ):
         join(src, dst, [Span(0, 5, 40, 5), Span(1, 0, 30, 0)], together=together)
         for layer in range(N_LAYERS):
-            first, second, found = (
+            first, second, cells = (
                 read(src, 0, layer, kv_type),
                 read(src, 1, layer, kv_type),
                 read(dst, 0, layer, kv_type),
             )
-            order = np.argsort(found.rows)
-            assert (found.k_bytes[order] == np.concatenate([first.k_bytes[5:40], second.k_bytes[:30]])).all()
-            assert (found.v_bytes[order] == np.concatenate([first.v_bytes[5:40], second.v_bytes[:30]])).all()
+            order = np.argsort(cells.rows)
+            assert (cells.k_bytes[order] == np.concatenate([first.k_bytes[5:40], second.k_bytes[:30]])).all()
+            assert (cells.v_bytes[order] == np.concatenate([first.v_bytes[5:40], second.v_bytes[:30]])).all()
 
 
 @both_ways
@@ -660,8 +660,8 @@ def test_contents_of_quantised_caches(wide: Model, src_type: str, dst_type: str,
     ):
         join(src, dst, spans, 0, affine if mapped else None, together=together)
         for layer in range(N_LAYERS):
-            found = read(dst, 0, layer, dst_type)
-            order = np.argsort(found.rows)
+            cells = read(dst, 0, layer, dst_type)
+            order = np.argsort(cells.rows)
             want_k, want_v = [], []
             for span, (a_k, b_k, a_v, b_v) in zip(spans, affine[:, layer], strict=True):
                 source = read(src, span.seq, layer, src_type)
@@ -670,8 +670,8 @@ def test_contents_of_quantised_caches(wide: Model, src_type: str, dst_type: str,
                 want_k.append(a_k * rotate(k, span.to - span.start, 128, 10000.0, neox=False) + b_k)
                 want_v.append(a_v * v + b_v)
             for want, got, block in (
-                (np.concatenate(want_k), found.k[order], 128),
-                (np.concatenate(want_v), found.v[order], 64),
+                (np.concatenate(want_k), cells.k[order], 128),
+                (np.concatenate(want_v), cells.v[order], 64),
             ):
                 if dst_type == "f32":
                     np.testing.assert_allclose(got, want, rtol=0, atol=5e-6 * np.abs(want).max())
