@@ -262,7 +262,7 @@ class Workshop:
         # beside pyps, as its libraries expect
         (self._installed / "llama_cpp").symlink_to(Path(sysconfig.get_path("purelib"), "llama_cpp"))
         # where they stay for the next build: a build environment of pip's own is another one each time
-        self._pip("scikit-build-core>=0.11", "nanobind>=2.4", "cmake", "ninja")
+        self._pip("--ignore-installed", "scikit-build-core>=0.11", "nanobind>=2.4", "cmake", "ninja")
         self._build()
 
     def _pip(self, *words: str) -> None:
