@@ -1,6 +1,6 @@
 # make demo    build everything into .venv and run a fork-join on the default model
 # make test    the same, with the test dependencies; then lint and the whole test suite
-# make lint    ruff, clang-format, mypy, the direction of imports, spelling, and whether generated pages are what they should be
+# make lint    ruff, clang-format, mypy, import-linter, codespell; and whether generated pages are what they should be
 # make fix     what ruff, clang-format and cog can put right by themselves
 # make docs    write docs/cli.md again, and build the site into build/site with all links checked
 # make exact   the comparison with the oracle alone; writes docs/exactness.md and docs/exactness.csv
@@ -53,6 +53,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror native/*
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/codespell $$(git ls-files)
 	$(BIN)/cog --check -I tools docs/cli.md
 

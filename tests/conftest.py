@@ -1,15 +1,18 @@
 """Shared models. The default model is prepared once, in the user's cache, as `pyps run` would do."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.exactness import Record, write_pages
-from support.tiny import write_model
+from support.tiny import TinyModel, write_model
 
 from pyps.engine.find import find_model
 from pyps.engine.model import Model
+
+_RECORDS = pytest.StashKey[list[Record]]()
 
 
 @pytest.fixture(scope="session")
@@ -36,24 +39,46 @@ def tiny(tiny_path: Path) -> Iterator[Model]:
     model.close()
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
+    """Models of any architecture: `tiny_model("gemma3", n_layers=7)`, with what write_model takes.
+
+    The same words give the same model, which is written and loaded once and closed after the last test.
+    """
+    folder = tmp_path_factory.mktemp("tiny")
+    models: dict[str, Model] = {}
+    with ExitStack() as stack:
+
+        def load(arch: str = "llama", **changes: Any) -> Model:
+            key = repr((arch, sorted(changes.items())))
+            if key not in models:
+                models[key] = Model.load(write_model(folder / f"{len(models)}.gguf", arch, **changes))
+                stack.callback(models[key].close)
+            return models[key]
+
+        yield load
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-exactness", action="store_true", help="write docs/exactness.md from test_oracle.py")
 
 
-_records: list[Any] = []
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_RECORDS] = []
 
 
 @pytest.fixture(scope="session")
-def exactness() -> list[Any]:
-    """(case, its distance from the oracle, the distance without a join) of every combination that was run."""
-    return _records
+def exactness(pytestconfig: pytest.Config) -> list[Record]:
+    """What test_oracle.py measured of every combination that was run."""
+    return pytestconfig.stash[_RECORDS]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if not _records:
+    records = config.stash[_RECORDS]
+    if not records:
         return
-    terminalreporter.write_line(f"{len(_records)} combinations compared with the oracle")
+    terminalreporter.write_line(f"{len(records)} combinations compared with the oracle")
     if config.getoption("--write-exactness"):
         docs = Path(__file__).parent.parent / "docs"
-        write_pages((Record(c.model, c.kv_type, c.flash_attn, c.lora, *distances) for c, *distances in _records), docs)
+        write_pages(records, docs)
         terminalreporter.write_line(f"wrote exactness.md and exactness.csv in {docs}")
