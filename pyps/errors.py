@@ -40,6 +40,18 @@ class EngineError(PypsError, RuntimeError):
     """llama.cpp failed at something that should have worked, or its computation was aborted."""
 
 
+def missing_extra(package_or_reason: str, extra: str) -> InputError:
+    """Return the error for a package that only an optional part of pyps needs, with the command that installs it.
+
+    Args:
+        package_or_reason: The package's name, or a sentence that says why it is needed.
+        extra: The optional part, as pyproject.toml calls it ("plot").
+    """
+    sentence = package_or_reason if " " in package_or_reason else f"this needs the package {package_or_reason}"
+    # `pyps` on PyPI is another project: the distribution has a name of its own
+    return InputError(f"{sentence}: pip install 'pyps-llama[{extra}]', or in a checkout: pip install '.[{extra}]'")
+
+
 def first_of(error: ValidationError) -> tuple[tuple[int | str, ...], str]:
     """Return where pydantic's first complaint is, as keys and indices, and the complaint as a sentence."""
     first = error.errors()[0]
