@@ -14,7 +14,7 @@ from test_convert import save, trained
 
 from pyps.convert.gguf import to_gguf
 from pyps.engine.find import find_model
-from pyps.workflow.workflow import Step, read_workflow
+from pyps.workflow import Step, read_workflow
 
 DOCS = Path(__file__).parent.parent / "docs"
 # page -> what makes its commands short. Those of train.md are run by test_train.py, those of convert.md below

@@ -37,7 +37,7 @@ from pyps.forkjoin.slots import load_slots, read_slots
 from pyps.measure.doctor import examine
 from pyps.measure.shapes import SHAPES, write_shape
 from pyps.prompts.layout import DEFAULT_SYNTHESIZE
-from pyps.workflow.workflow import (
+from pyps.workflow import (
     StepEvent,
     Workflow,
     outcome,
