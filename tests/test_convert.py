@@ -24,7 +24,7 @@ from pyps.convert.lora import read_adapter
 from pyps.convert.peft import read_checkpoint
 from pyps.engine.model import Model
 from pyps.errors import InputError
-from pyps.train.mapper import CacheMapper
+from pyps.train.cache_mapper import CacheMapper
 from pyps.train.synthesis import Synthesis
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -17,7 +17,7 @@ import pyps
 import pyps.engine
 from pyps.convert.gguf import to_gguf
 from pyps.engine.find import find_model
-from pyps.workflow.workflow import Step, read_workflow
+from pyps.workflow import Step, read_workflow
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
