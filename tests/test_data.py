@@ -43,7 +43,8 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert read_examples([path]) == examples
     with pytest.raises(InputError, match="nothing in the data"):
         write_examples(path, [])
-    assert read_examples([path]) == examples and len(list(path.parent.iterdir())) == 1
+    assert read_examples([path]) == examples
+    assert len(list(path.parent.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,9 @@ def test_the_families(family: str) -> None:
 
 def test_topics_are_split() -> None:
     training, held_out = (split(TOPICS, flag) for flag in (False, True))
-    assert len(training) > 40 and len(held_out) > 10 and not {t for t, _ in training} & {t for t, _ in held_out}
+    assert len(training) > 40
+    assert len(held_out) > 10
+    assert not {t for t, _ in training} & {t for t, _ in held_out}
 
 
 def test_the_suite_is_what_the_families_give() -> None:
@@ -117,16 +120,20 @@ def test_aggregation(tmp_path: Path) -> None:
     assert len(examples) == 9
     for i, e in enumerate(examples):
         assert (e.task, e.target, e.answer) == (f"Q{i}", f"A{i}", [f"A{i}"])
-        assert len(e.branches) == 3 and f"C{i}" in [b.text for b in e.branches]
+        assert len(e.branches) == 3
+        assert f"C{i}" in [b.text for b in e.branches]
     several = [{"question": "Q", "docs": [{"text": "one"}, {"text": "two"}], "right": "R"}]
     (one,) = run(tmp_path, several, "aggregation", "--documents", "docs", "--answer", "right")
-    assert [b.text for b in one.branches] == ["one", "two"] and one.target == "R"
+    assert [b.text for b in one.branches] == ["one", "two"]
+    assert one.target == "R"
 
 
 def test_distillation(tmp_path: Path) -> None:
     one, two = run(tmp_path, [{"prompt": "P1"}, {"prompt": " "}, {"prompt": "P2"}], "distillation", "--branches", "2")
     assert (one.task, two.task) == ("P1", "P2")
-    assert len(one.branches) == 2 and one.branches[0].text is None and one.target is None
+    assert len(one.branches) == 2
+    assert one.branches[0].text is None
+    assert one.target is None
 
 
 def test_mistakes_in_data_sets(tmp_path: Path) -> None:
@@ -141,6 +148,7 @@ def test_mistakes_in_data_sets(tmp_path: Path) -> None:
     ):
         done = pyps("data", *words)
         assert done.returncode == 2 and message in done.stderr, done.stderr
-        assert "Traceback" not in done.stderr and not out.exists()
+        assert "Traceback" not in done.stderr
+        assert not out.exists()
     path.write_text('{"prompt": \n')
     assert "cannot be read as a data set" in pyps("data", "distillation", str(path), str(out)).stderr

@@ -242,7 +242,8 @@ def test_an_mcp_server_is_stopped_while_it_works(tmp_path: Path) -> None:
     time.sleep(1)
     server.close()
     thread.join(10)
-    assert not thread.is_alive() and len(failures) == 1
+    assert not thread.is_alive()
+    assert len(failures) == 1
     assert not is_running(int((tmp_path / "pid").read_text()))
 
 

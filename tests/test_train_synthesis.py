@@ -170,7 +170,8 @@ def test_an_exported_adapter_does_in_the_runtime_what_was_trained(tmp_path: Path
 
     model = Model.load(path)
     adapter = Adapter(exported, model)
-    assert adapter.mapper and not adapter.warnings
+    assert adapter.mapper
+    assert not adapter.warnings
     check_the_runtime(model, adapter, synthesis)
     model.close()
 

@@ -65,7 +65,8 @@ class Assignment:
 
     def choice_grammar(self, may_answer: bool) -> str:
         """Return the grammar of a choice among the tools, and of answering. Raises InputError if a tool's parameters
-        have none."""
+        have none.
+        """
         kinds: list[dict[str, Any]] = [{"tool": {"const": t.name}, "arguments": t.parameters} for t in self.tools]
         if may_answer:
             kinds.append({"tool": {"const": ANSWER}})
@@ -172,7 +173,8 @@ class Agent:
 
     def advance(self, index: int) -> str:
         """Choose the next token from the index-th logits of the last batch; return new text of the answer. A choice
-        that is complete begins a call, or the answer."""
+        that is complete begins a call, or the answer.
+        """
         turn = self.turn
         text = turn.advance(index)
         if turn is self.final:

@@ -44,7 +44,8 @@ def needs_flash_attn(kv_type: str) -> bool:
 
 def prefers_flash_attn(kv_type: str) -> bool:
     """Whether a context that decodes should have flash attention: on a GPU it is better for every batch, on a CPU it
-    is much slower for short ones."""
+    is much slower for short ones.
+    """
     return needs_flash_attn(kv_type) or bool(llama_cpp.llama_supports_gpu_offload())
 
 
@@ -256,7 +257,8 @@ class Context:
 
     def warm_up(self) -> None:
         """Compute something and forget it: the first token is when llama.cpp sets up a LoRA and memory gets its pages,
-        the first prompt is when a GPU loads what reads prompts."""
+        the first prompt is when a GPU loads what reads prompts.
+        """
         self.prefill(0, [0] * (32 if llama_cpp.llama_supports_gpu_offload() else 1))
         self.clear()
 

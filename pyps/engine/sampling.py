@@ -124,7 +124,8 @@ class Sampler:
 
     def sample(self, ctx: Context, index: int) -> int:
         """The token after the index-th of ctx's last batch; a negative index counts its tokens with logits, from the
-        end. Raises InputError if the grammar allows none."""
+        end. Raises InputError if the grammar allows none.
+        """
         if self._grammar is None:
             return int(llama_cpp.llama_sampler_sample(self._chain, ctx.pointer, index))
         logits = ctx.logits(index)

@@ -254,5 +254,6 @@ class ForkJoin:
 
     def load(self, path: str | Path) -> Branches:
         """Return the branches of a file, to be joined. Raises InputError: it is damaged, or was written with another
-        model."""
+        model.
+        """
         return load_slots(read_slots(Path(path)), self.model, self._options.threads)

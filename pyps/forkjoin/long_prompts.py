@@ -1,5 +1,6 @@
 """Long prompts on a CPU: read with flash attention, in a context of their own, and moved to where the answer is
-decoded, which is faster without."""
+decoded, which is faster without.
+"""
 
 from collections.abc import Sequence
 

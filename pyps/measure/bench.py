@@ -303,7 +303,8 @@ class _Sides:
 
     def _best_text(self) -> Context:
         """Return the context in which text synthesis is fastest; the first call tries them, one after the other, as
-        all at once may not fit into memory."""
+        all at once may not fit into memory.
+        """
         if self._best is None:
             c = self._case
             least = math.inf
@@ -394,7 +395,8 @@ def _tokens(model: Model, n: int, skip: int) -> list[int]:
 
 def peak_memory(path: Path, adapter: Path | None, layout: str, kv_type: str, case: Case) -> float | None:
     """Return the most megabytes resident in a process that does the branches and the cache side of a case, and nothing
-    else; None if that process failed."""
+    else; None if that process failed.
+    """
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit what this process holds
     with concurrent.futures.ProcessPoolExecutor(1, spawn, _ignore_ctrl_c) as pool:
         try:

@@ -57,7 +57,8 @@ MODES = (
 
 def read_suite() -> list[Example]:
     """Return the built-in suite: 40 examples of each of six families, with entities and phrasings that no adapter was
-    trained on."""
+    trained on.
+    """
     with as_file(files("pyps.data") / "suite.jsonl") as path:
         return read_examples([path])
 

@@ -131,7 +131,8 @@ class Layout:
 
     def pasted(self, names: Sequence[str], texts: Sequence[str]) -> list[int]:
         """Return what follows the prefix in the text baseline, where the branches' texts are pasted into the user's
-        turn. It is the same in both layouts: whoever pastes texts can keep the prefix."""
+        turn. It is the same in both layouts: whoever pastes texts can keep the prefix.
+        """
         notes = "\n\n".join(f"[{name}]\n{text.strip()}" for name, text in zip(names, texts, strict=True))
         return self._frame.after_prefix(f"{notes}\n\n{self._synthesize}")
 
@@ -220,7 +221,8 @@ def _n_common(a: Sequence[object], b: Sequence[object]) -> int:
 
 def follow_up(model: Model, text: str) -> list[int]:
     """Return what comes after an answer, in either layout, when the user says this to it, up to where the next answer
-    begins. Raises InputError if the model's chat template knows only one turn."""
+    begins. Raises InputError if the model's chat template knows only one turn.
+    """
     turns = [("user", "?"), ("assistant", _ANSWER), ("user", _NEXT)]
     prompt = model.render_chat([{"role": role, "content": content} for role, content in turns])
     between, mark, end = prompt.partition(_ANSWER)[2].partition(_NEXT)
