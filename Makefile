@@ -1,7 +1,9 @@
 # make demo    build everything into .venv and run a fork-join on the default model
 # make test    the same, with the test dependencies; then lint and the whole test suite
-# make lint    ruff and mypy
-# make exact   the comparison with the oracle alone; writes docs/exactness.md
+# make lint    ruff, clang-format, mypy, import-linter, codespell; and whether generated pages are what they should be
+# make fix     what ruff, clang-format and cog can put right by themselves
+# make docs    write docs/cli.md again, and build the site into build/site with all links checked
+# make exact   the comparison with the oracle alone; writes docs/exactness.md and docs/exactness.csv
 # make mutants breaks the implementation on purpose, line by line, and sees whether the tests notice
 # make soak    a thousand forks, joins and generations in one process: memory must stay where it is
 # make bench   time to first token, cache against text, and what bounds it (pyps bench)
@@ -36,7 +38,7 @@ WHEELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/pyps/wheels/$(LLAMA)-$(KEY)
 
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_FIND_LINKS="$(WHEELS) $(PIP_FIND_LINKS)" $(BIN)/python -m pip
 
-.PHONY: demo test lint exact mutants soak bench bench-slots bench-compare adapter clean
+.PHONY: demo test lint fix docs exact mutants soak bench bench-slots bench-compare adapter clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -49,7 +51,21 @@ test: lint
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror native/*
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell $$(git ls-files)
+	$(BIN)/cog --check -I tools docs/cli.md
+
+fix: $(VENV)/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i native/*
+	$(BIN)/cog -r -I tools docs/cli.md
+
+docs: $(VENV)/installed-test
+	$(BIN)/cog -r -I tools docs/cli.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 exact: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests/test_oracle.py -m "exact or not exact" --write-exactness

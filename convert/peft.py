@@ -1,9 +1,8 @@
-"""A trained adapter as PEFT and PyTorch keep it: a LoRA directory, and a mapper's state (METHOD, section 5)."""
+"""A trained adapter as PEFT and PyTorch keep it: a LoRA folder and a mapper's state (docs/method.md, section 5)."""
 
 import json
 import math
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.numpy import save_file
 from pyps.adapters.mapper import Mapper
 from pyps.convert.lora import Lora
 from pyps.errors import InputError
+from pyps.files import whole_folder
 
 # where the published checkpoints keep their files
 _FOLDERS = ("", "latest", "step_checkpoints/latest")
@@ -33,18 +33,22 @@ _METADATA_FEATURES = {
     "none": ("layer",),
 }
 
+# the mapper's arrays by their names in a state dictionary
+_STATE = {"net.0.weight": "w1", "net.0.bias": "b1", "net.2.weight": "w2", "net.2.bias": "b2"}
+
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
 @dataclass
 class Checkpoint:
-    """What was found.
+    """A checkpoint's content.
 
     Attributes:
-        lora: by module; alpha: of all of it. Scalings that differ between modules are multiplied into B.
-        mapper: None if there is none.
-        dropped: names of tensors that are no LoRA.
-        notes: what the user should be told.
+        lora: The LoRA by module. Scalings that differ between modules are multiplied into B.
+        alpha: The alpha of all modules.
+        mapper: The mapper, or None if the checkpoint has none.
+        dropped: The names of tensors that are not part of a LoRA.
+        notes: What the user should know, a sentence each.
     """
 
     lora: Lora
@@ -55,26 +59,28 @@ class Checkpoint:
 
 
 def read_checkpoint(source: Path) -> Checkpoint:
-    """A PEFT LoRA directory with a mapper beside it or without, or a checkpoint in the published layout.
+    """Read a PEFT LoRA folder, with a mapper in it, beside it or without one, or a checkpoint in the published layout.
 
-    Raises InputError: nothing of the kind is there, it is damaged, or it is a kind of adapter that llama.cpp cannot
-    apply (DoRA, biases, other tuners).
+    Raises:
+        InputError: There is nothing of the kind, it is damaged, or it is a kind of adapter that llama.cpp cannot apply
+            (DoRA, biases, other tuners).
     """
     if not source.is_dir():
         raise InputError(f"{source}: no such folder; give a PEFT LoRA directory or a checkpoint's")
     folders = [source / name for name in _FOLDERS]
-    loras = [f / name for f in folders for name in _LORA_FOLDERS if (f / name / _CONFIG).is_file()]
-    mappers = [f for f in [*folders, source.parent if loras[:1] == [source] else source] if (f / _MAPPER).is_file()]
+    loras = [folder / name for folder in folders for name in _LORA_FOLDERS if (folder / name / _CONFIG).is_file()]
+    beside = [source.parent] if loras[:1] == [source] else []
+    mappers = [folder for folder in [*folders, *beside] if (folder / _MAPPER).is_file()]
     if not loras and not mappers:
         raise InputError(f"{source}: there is neither a LoRA ({_CONFIG}) nor a mapper ({_MAPPER}) in it")
     mapper = read_mapper(mappers[0]) if mappers else None
     if not loras:
         return Checkpoint({}, 1.0, mapper, notes=["there is no LoRA, only a mapper"])
-    found = _read_lora(loras[0])
-    found.mapper = mapper
+    checkpoint = _read_lora(loras[0])
+    checkpoint.mapper = mapper
     if mapper is None:
-        found.notes.append(f"there is no mapper ({_MAPPER}): the adapter will be the LoRA alone")
-    return found
+        checkpoint.notes.append(f"there is no mapper ({_MAPPER}): the adapter will be the LoRA alone")
+    return checkpoint
 
 
 def _read_lora(folder: Path) -> Checkpoint:
@@ -105,8 +111,8 @@ def _read_lora(folder: Path) -> Checkpoint:
         if set(parts) != {"A", "B"} or parts["A"].ndim != 2 or parts["A"].shape[0] != parts["B"].shape[1]:
             raise InputError(f"{path}: the LoRA of {module} is incomplete or misshapen")
         rank = parts["A"].shape[0]
-        wanted = _alpha(config, module)
-        scaling = wanted / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        module_alpha = _alpha(config, module)
+        scaling = module_alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         # llama.cpp multiplies by alpha / rank
         lora[module] = parts["A"], parts["B"] * np.float32(scaling * rank / alpha)
     notes = []
@@ -116,7 +122,7 @@ def _read_lora(folder: Path) -> Checkpoint:
 
 
 def _check_kind(folder: Path, config: dict[str, Any]) -> None:
-    """Raises InputError for what changes more than W + B·A."""
+    """Raise InputError for a kind of adapter that changes more than W + B·A."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise InputError(f"{folder}: this is {kind!r}; only LoRA can be converted")
@@ -137,7 +143,7 @@ def _check_kind(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _alpha(config: dict[str, Any], module: str) -> float:
-    """As PEFT chooses it: the first pattern that is the whole name, or its end, wins."""
+    """Return a module's alpha as PEFT chooses it: the first pattern that is the whole name, or its end, wins."""
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", module):
             return float(alpha)
@@ -145,117 +151,130 @@ def _alpha(config: dict[str, Any], module: str) -> float:
 
 
 def read_mapper(folder: Path) -> Mapper:
-    """cache_mapper.pt and, if it is there, cache_mapper_config.json. Raises InputError."""
+    """Read a mapper from cache_mapper.pt and, if it is there, cache_mapper_config.json.
+
+    Raises:
+        InputError: A file is damaged, or its values are not a mapper's.
+    """
     path = folder / _MAPPER
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         values = {name: tensor.float().numpy() for name, tensor in state.items()}
     except Exception as error:
-        # whatever unpickling a damaged or hostile file may raise
+        # unpickling a damaged or hostile file may raise anything
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: cannot be read as a mapper's weights: {first_line}") from None
     config = _read_json(folder / _MAPPER_CONFIG) if (folder / _MAPPER_CONFIG).is_file() else {}
     kind = config.get("metadata_features", "both")
-    features = tuple(kind) if isinstance(kind, list) else _METADATA_FEATURES.get(kind, ())
-    names = {"w1": "net.0.weight", "b1": "net.0.bias", "w2": "net.2.weight", "b2": "net.2.bias"}
-    if set(values) != set(names.values()):
-        raise InputError(f"{path}: a mapper has {', '.join(names.values())}; this has {', '.join(sorted(values))}")
-    metadata: dict[str, Any] = {
-        "pyps.mapper.type": "affine-mlp",
-        "pyps.mapper.features": list(features),
-        "pyps.mapper.hidden_dim": int(values["net.0.bias"].size),
-        **{f"pyps.mapper.{short}": values[name].ravel() for short, name in names.items()},
-    }
+    features = tuple(kind) if isinstance(kind, list) else _METADATA_FEATURES.get(str(kind), ())
+    if set(values) != set(_STATE):
+        raise InputError(f"{path}: a mapper has {', '.join(_STATE)}; this has {', '.join(sorted(values))}")
     try:
-        mapper = Mapper.from_metadata(metadata)
+        return Mapper(features, **{array: values[name] for name, array in _STATE.items()})
     except InputError as error:
         raise InputError(f"{path}: {error} (metadata_features: {kind})") from None
-    assert mapper
-    return mapper
 
 
 def write_checkpoint(folder: Path, lora: Lora, alpha: float, mapper: Mapper | None, base_name: str) -> None:
-    """A PEFT LoRA directory, and the mapper beside it, as read_checkpoint reads them: all of it or nothing.
-    The folder must not exist. Raises InputError."""
-    partial = folder.with_name(f"{folder.name}.part")
+    """Write a PEFT LoRA folder with the mapper in it, as read_checkpoint reads it, whole or not at all.
+
+    Args:
+        folder: The folder to write, which must not exist. Folders above it are made.
+        lora: The LoRA by module; it may be empty.
+        alpha: The alpha of all modules.
+        mapper: The mapper, or None.
+        base_name: The name of the base model, for PEFT's configuration.
+
+    Raises:
+        InputError: The folder exists, or none can be made there.
+        MachineError: The disk is full or fails.
+    """
+    with whole_folder(folder) as partial:
+        if lora:
+            _write_lora(partial, lora, alpha, base_name)
+        if mapper:
+            _write_mapper(partial, mapper)
+
+
+def _write_lora(folder: Path, lora: Lora, alpha: float, base_name: str) -> None:
+    ranks = {module: a.shape[0] for module, (a, _) in lora.items()}
+    most = max(ranks.values())
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": most,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({module.rpartition(".")[2] for module in lora}),
+        "rank_pattern": {module: rank for module, rank in ranks.items() if rank != most},
+    }
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2))
+    tensors = {}
+    for module, (a, b) in lora.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(a, np.float32)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(b, np.float32)
     try:
-        if folder.exists():
-            raise InputError(f"{folder} exists: give the name of a new folder")
-        partial.mkdir(parents=True)
-        _write(partial, lora, alpha, mapper, base_name)
-        partial.rename(folder)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write(folder: Path, lora: Lora, alpha: float, mapper: Mapper | None, base_name: str) -> None:
-    if lora:
-        ranks = {module: a.shape[0] for module, (a, _) in lora.items()}
-        most = max(ranks.values())
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base_name,
-            "r": most,
-            "lora_alpha": alpha,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "target_modules": sorted({module.rpartition(".")[2] for module in lora}),
-            "rank_pattern": {module: rank for module, rank in ranks.items() if rank != most},
-        }
-        (folder / _CONFIG).write_text(json.dumps(config, indent=2))
-        tensors = {}
-        for module, (a, b) in lora.items():
-            tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(a, np.float32)
-            tensors[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(b, np.float32)
         save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
-    if mapper:
-        names = {"net.0.weight": "w1", "net.0.bias": "b1", "net.2.weight": "w2", "net.2.bias": "b2"}
-        state = {name: torch.from_numpy(getattr(mapper, short).copy()) for name, short in names.items()}
-        torch.save(state, folder / _MAPPER)
-        kind = {features: name for name, features in _METADATA_FEATURES.items()}.get(mapper.features)
-        config = {"hidden_dim": len(mapper.b1), "metadata_features": kind or list(mapper.features)}
-        (folder / _MAPPER_CONFIG).write_text(json.dumps(config, indent=2))
+    except SafetensorError as error:
+        raise OSError(str(error)) from None  # a full disk, for instance
+
+
+def _write_mapper(folder: Path, mapper: Mapper) -> None:
+    state = {name: torch.from_numpy(getattr(mapper, array).copy()) for name, array in _STATE.items()}
+    with (folder / _MAPPER).open("wb") as file:  # a full disk is an OSError then; given a path, torch raises its own
+        torch.save(state, file)
+    kind = {features: name for name, features in _METADATA_FEATURES.items()}.get(mapper.features)
+    config = {"hidden_dim": len(mapper.b1), "metadata_features": kind or list(mapper.features)}
+    (folder / _MAPPER_CONFIG).write_text(json.dumps(config, indent=2))
 
 
 def merge(checkpoints: Sequence[Checkpoint], weights: Sequence[float]) -> Checkpoint:
-    """Their weighted average, matrix by matrix (A with A, B with B), as the published checkpoint was made. Weights are
-    scaled to a sum of 1. Raises InputError if they differ in shape."""
+    """Average checkpoints, matrix by matrix (A with A, B with B), as the published checkpoint was made.
+
+    Args:
+        checkpoints: Two or more checkpoints of the same shapes.
+        weights: A weight for each; they are scaled to a sum of 1.
+
+    Raises:
+        InputError: The checkpoints differ in shape or alpha, or the weights are not as many, negative or all 0.
+    """
     total = sum(weights)
     if len(weights) != len(checkpoints) or any(w < 0 for w in weights) or not 0 < total < math.inf:
         raise InputError(f"{len(checkpoints)} checkpoints need as many weights, none negative, not all 0")
     first, *others = checkpoints
     for other in others:
-        if {m: (a.shape, b.shape) for m, (a, b) in other.lora.items()} != {
-            m: (a.shape, b.shape) for m, (a, b) in first.lora.items()
-        }:
-            raise InputError("checkpoints of other modules or ranks cannot be averaged")
+        if _shapes(other.lora) != _shapes(first.lora):
+            raise InputError("checkpoints of different modules or ranks cannot be averaged")
         if (other.mapper is None) != (first.mapper is None):
             raise InputError("one of the checkpoints has no mapper: they cannot be averaged")
         if other.alpha != first.alpha:
-            raise InputError(f"checkpoints of other alpha ({first.alpha:g}, {other.alpha:g}) cannot be averaged")
+            raise InputError(f"checkpoints of different alpha ({first.alpha:g}, {other.alpha:g}) cannot be averaged")
         if other.mapper and first.mapper and other.mapper.features != first.mapper.features:
-            raise InputError("their mappers have other inputs: they cannot be averaged")
+            raise InputError("their mappers have different inputs: they cannot be averaged")
 
     def average(values: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         if len({v.shape for v in values}) > 1:
-            raise InputError("their mappers are of other sizes: they cannot be averaged")
+            raise InputError("their mappers are of different sizes: they cannot be averaged")
         mean = sum(np.float64(w / total) * v for w, v in zip(weights, values, strict=True))
         return np.asarray(mean, np.float32)
 
     lora = {
-        m: (average([c.lora[m][0] for c in checkpoints]), average([c.lora[m][1] for c in checkpoints]))
-        for m in first.lora
+        module: (average([c.lora[module][0] for c in checkpoints]), average([c.lora[module][1] for c in checkpoints]))
+        for module in first.lora
     }
     mapper = None
     if first.mapper:
         mappers = [c.mapper for c in checkpoints if c.mapper]
-        w1, b1, w2, b2 = (average([getattr(m, name) for m in mappers]) for name in ("w1", "b1", "w2", "b2"))
-        mapper = Mapper(first.mapper.features, w1, b1, w2, b2)
+        arrays = {array: average([getattr(m, array) for m in mappers]) for array in _STATE.values()}
+        mapper = Mapper(first.mapper.features, **arrays)
     dropped = [name for c in checkpoints for name in c.dropped]
-    return Checkpoint(lora, first.alpha, mapper, dropped, [n for c in checkpoints for n in c.notes])
+    return Checkpoint(lora, first.alpha, mapper, dropped, [note for c in checkpoints for note in c.notes])
+
+
+def _shapes(lora: Lora) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    return {module: (a.shape, b.shape) for module, (a, b) in lora.items()}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

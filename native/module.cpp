@@ -1,6 +1,9 @@
-// Python bindings. Contexts and models arrive as the addresses that llama_cpp's ctypes bindings hold.
-#include "cache.h"
+// The Python bindings: they convert and call, and do nothing else. Contexts and models arrive as the addresses that
+// llama_cpp's ctypes bindings hold.
+#include "errors.h"
 #include "join.h"
+#include "llama_cache.h"
+#include "llama_model.h"
 #include "rows.h"
 
 #include <nanobind/nanobind.h>
@@ -10,7 +13,6 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -19,6 +21,12 @@ using namespace nb::literals;
 
 namespace {
 
+using PySpan         = std::tuple<llama_seq_id, llama_pos, llama_pos, llama_pos>;  // seq, p0, p1, to
+using PyCoefficients = nb::ndarray<nb::numpy, const float, nb::shape<-1, -1, 4>, nb::c_contig, nb::device::cpu>;
+using PyRows         = nb::ndarray<nb::numpy, uint8_t, nb::ndim<2>>;
+using PyConstRows    = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using PyPositions    = std::vector<llama_pos>;
+
 llama_context * as_context(uintptr_t address) {
     if (!address) {
         throw pyps::InputError("the context is closed");
@@ -26,228 +34,169 @@ llama_context * as_context(uintptr_t address) {
     return reinterpret_cast<llama_context *>(address);
 }
 
-using Coefficients = nb::ndarray<const float, nb::shape<-1, -1, 4>, nb::c_contig, nb::device::cpu>;
-using Bytes        = nb::ndarray<nb::numpy, uint8_t, nb::ndim<2>>;
-
-uint32_t join_spans(uintptr_t src, uintptr_t dst,
-              const std::vector<std::tuple<llama_seq_id, llama_pos, llama_pos, llama_pos>> & spans,
-              llama_seq_id dst_seq, const std::vector<bool> & rotates, std::optional<Coefficients> affine,
-              std::optional<bool> together) {
-    llama_context *         from = as_context(src);
-    llama_context *         to   = as_context(dst);
-    std::vector<pyps::Span> parts;
-    for (const auto & [seq, p0, p1, pos] : spans) {
-        parts.push_back({ seq, p0, p1, pos });
-    }
-    static_assert(sizeof(pyps::Affine) == 4 * sizeof(float));
-    const pyps::Affine * coefficients = nullptr;
-    if (affine) {
-        const size_t n_layers = pyps::Memory(from).n_layers();
-        if (affine->shape(0) != parts.size() || affine->shape(1) != n_layers) {
-            throw pyps::InputError("the mapper's coefficients must be [" + std::to_string(parts.size()) + ", " +
-                                   std::to_string(n_layers) + ", 4], a row for each span and layer");
-        }
-        coefficients = reinterpret_cast<const pyps::Affine *>(affine->data());
-    }
-    nb::gil_scoped_release release;
-    return pyps::join(from, to, parts, dst_seq, rotates, coefficients, together);
+const llama_model * as_model(uintptr_t address) {
+    return reinterpret_cast<const llama_model *>(address);
 }
 
-Bytes make_bytes(size_t rows, size_t row_size) {
-    auto *      data = new uint8_t[rows * row_size];
+// An array that owns the rows.
+PyRows as_array(pyps::Rows rows) {
+    uint8_t *   data = rows.data.release();
     nb::capsule owner(data, [](void * p) noexcept { delete[] static_cast<uint8_t *>(p); });
-    return Bytes(data, { rows, row_size }, owner);
+    return PyRows(data, { rows.n, rows.size }, owner);
 }
 
-using ConstBytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Cells      = std::tuple<std::vector<llama_pos>, std::vector<int64_t>, Bytes, Bytes>;
-using Rows       = std::vector<std::tuple<Bytes, Bytes>>;
-using ConstRows  = std::vector<std::tuple<ConstBytes, ConstBytes>>;
-
-std::tuple<Bytes, Bytes> read_layer(const pyps::Cache & cache, const pyps::Layer & l,
-                                    const std::vector<pyps::Cell> & cells) {
-    Bytes k = make_bytes(cells.size(), pyps::k_row_size(l));
-    Bytes v = make_bytes(cells.size(), pyps::v_row_size(l));
-    pyps::read_rows(cache, l, cells, k.data(), v.data());
-    return { k, v };
+pyps::ConstRows as_rows(const PyConstRows & array) {
+    return { array.shape(0), array.shape(1), array.data() };
 }
 
-Cells read_cells(uintptr_t address, llama_seq_id seq, size_t layer) {
-    pyps::Memory memory(as_context(address));
-    memory.check_seq(seq);
-    memory.settle();
-    for (const pyps::Cache & cache : memory.caches()) {
-        for (const pyps::Layer & l : cache.layers()) {
-            if (l.number != layer) {
-                continue;
-            }
-            const auto             cells = cache.all_cells(seq);
-            std::vector<llama_pos> pos;
-            std::vector<int64_t>   rows;
-            for (const auto & c : cells) {
-                pos.push_back(c.pos);
-                rows.push_back((int64_t) c.stream * cache.n_cells() + c.index);
-            }
-            const auto [k, v] = read_layer(cache, l, cells);
-            return { pos, rows, k, v };
-        }
-    }
-    throw pyps::InputError("there is no layer " + std::to_string(layer));
-}
-
-std::tuple<std::vector<llama_pos>, Rows> read_span(uintptr_t address, llama_seq_id seq, llama_pos p0, llama_pos p1) {
-    pyps::Memory memory(as_context(address));
-    memory.check_seq(seq);
-    memory.settle();
-    std::vector<llama_pos>                                pos;
-    std::vector<std::optional<std::tuple<Bytes, Bytes>>> found(memory.n_layers());
-    for (const pyps::Cache & cache : memory.caches()) {
-        const auto cells = cache.cells(seq, p0, p1);
-        pos.clear();
-        for (const auto & c : cells) {
-            pos.push_back(c.pos);
-        }
-        for (const pyps::Layer & l : cache.layers()) {
-            found.at(l.number) = read_layer(cache, l, cells);
-        }
-    }
-    Rows rows;
-    for (const auto & layer : found) {
-        rows.push_back(layer.value());
-    }
-    return { pos, rows };
-}
-
-void write_span(uintptr_t address, llama_seq_id seq, const std::vector<llama_pos> & pos, const ConstRows & rows) {
-    pyps::Memory memory(as_context(address));
-    memory.check_seq(seq);
-    memory.settle();
-    if (rows.size() != memory.n_layers()) {
-        throw pyps::InputError("there are K and V of " + std::to_string(rows.size()) + " layers; this model has " +
-                               std::to_string(memory.n_layers()));
-    }
-    std::vector<pyps::Cell> entries;
-    for (const llama_pos p : pos) {
-        if (p < 0) {
-            throw pyps::InputError("a cell cannot be at position " + std::to_string(p));
-        }
-        entries.push_back({ 0, 0, p, LLAMA_TOKEN_NULL });
-    }
-    std::vector<pyps::Reservation> reserved;
-    for (const pyps::Cache & cache : memory.caches()) {
-        for (const pyps::Layer & l : cache.layers()) {
-            const auto & [k, v] = rows[l.number];
-            if (k.shape(0) != pos.size() || v.shape(0) != pos.size() || k.shape(1) != pyps::k_row_size(l) ||
-                v.shape(1) != pyps::v_row_size(l)) {
-                throw pyps::InputError("K and V of layer " + std::to_string(l.number) + " must be " +
-                                       std::to_string(pos.size()) + " rows of " + std::to_string(pyps::k_row_size(l)) +
-                                       " and of " + std::to_string(pyps::v_row_size(l)) + " bytes");
-            }
-        }
-        reserved.push_back(cache.reserve(seq, entries));
-    }
+// Calls f while other Python threads run.
+template <typename F> auto without_gil(F && f) {
     nb::gil_scoped_release release;
-    for (size_t c = 0; c < reserved.size(); ++c) {
-        pyps::Cache & cache = memory.caches()[c];
-        for (const pyps::Layer & l : cache.layers()) {
-            const auto & [k, v] = rows[l.number];
-            pyps::write_rows(cache, l, reserved[c], k.data(), v.data());
-        }
-        cache.commit(reserved[c]);
-    }
+    return f();
 }
 
-std::vector<int64_t> hadamard(uintptr_t address) {
-    std::vector<int64_t> sizes;
-    const pyps::Memory   memory(as_context(address));
-    for (const pyps::Cache & cache : memory.caches()) {
-        sizes.insert(sizes.end(), { cache.k_hadamard(), cache.v_hadamard() });
+uint32_t join(uintptr_t                     src,
+              uintptr_t                     dst,
+              const std::vector<PySpan> &   py_spans,
+              llama_seq_id                  dst_seq,
+              const std::vector<bool> &     rotates,
+              std::optional<PyCoefficients> affine,
+              std::optional<bool>           together) {
+    std::vector<pyps::Span> spans;
+    for (const auto & [seq, p0, p1, to] : py_spans) {
+        spans.push_back({ seq, p0, p1, to });
     }
-    return sizes;
+    pyps::Coefficients coefficients;
+    if (affine) {
+        static_assert(sizeof(pyps::Affine) == 4 * sizeof(float));
+        coefficients.data     = reinterpret_cast<const pyps::Affine *>(affine->data());
+        coefficients.n_spans  = affine->shape(0);
+        coefficients.n_layers = affine->shape(1);
+    }
+    return without_gil(
+        [&] { return pyps::join(as_context(src), as_context(dst), spans, dst_seq, rotates, coefficients, together); });
+}
+
+std::tuple<PyPositions, std::vector<int64_t>, PyRows, PyRows> read_layer(uintptr_t    ctx,
+                                                                         llama_seq_id seq,
+                                                                         size_t       layer) {
+    pyps::LayerCells contents = without_gil([&] { return pyps::read(as_context(ctx), seq, layer); });
+    return { std::move(contents.positions), std::move(contents.cells), as_array(std::move(contents.rows.k)),
+             as_array(std::move(contents.rows.v)) };
+}
+
+std::tuple<PyPositions, std::vector<std::tuple<PyRows, PyRows>>> read_span(uintptr_t    ctx,
+                                                                           llama_seq_id seq,
+                                                                           llama_pos    p0,
+                                                                           llama_pos    p1) {
+    pyps::SpanRows span = without_gil([&] { return pyps::read_span(as_context(ctx), seq, p0, p1); });
+    std::vector<std::tuple<PyRows, PyRows>> layers;
+    for (pyps::LayerRows & rows : span.layers) {
+        layers.emplace_back(as_array(std::move(rows.k)), as_array(std::move(rows.v)));
+    }
+    return { std::move(span.positions), std::move(layers) };
+}
+
+void write_span(uintptr_t                                                 ctx,
+                llama_seq_id                                              seq,
+                const PyPositions &                                       positions,
+                const std::vector<std::tuple<PyConstRows, PyConstRows>> & rows) {
+    std::vector<pyps::ConstLayerRows> layers;
+    for (const auto & [k, v] : rows) {
+        layers.push_back({ as_rows(k), as_rows(v) });
+    }
+    without_gil([&] { pyps::write_span(as_context(ctx), seq, positions, layers); });
+}
+
+size_t n_layers(uintptr_t ctx) {
+    return pyps::Memory(as_context(ctx)).n_layers();
+}
+
+size_t n_cells(uintptr_t ctx, llama_seq_id seq) {
+    return pyps::Memory(as_context(ctx)).n_cells(seq);
+}
+
+std::vector<int64_t> hadamard(uintptr_t ctx) {
+    return pyps::Memory(as_context(ctx)).hadamards();
+}
+
+std::string why_not_joinable(uintptr_t model) {
+    return pyps::why_not_joinable(as_model(model));
+}
+
+nb::bytes norms(uintptr_t model) {
+    const std::string bytes = pyps::norms(as_model(model));
+    return nb::bytes(bytes.data(), bytes.size());
+}
+
+std::tuple<double, double, double> work(uintptr_t model) {
+    const pyps::Work work = pyps::work(as_model(model));
+    return { work.layers, work.logits, work.bytes };
+}
+
+bool is_causal(uintptr_t model) {
+    return pyps::is_causal(as_model(model));
+}
+
+uint32_t long_context(uintptr_t model) {
+    return pyps::long_context(as_model(model));
+}
+
+// Raises the exceptions of pyps/errors.py, where they are documented. llama.cpp throws std::runtime_error, too.
+void translate(const std::exception_ptr & p, void *) {
+    const char * name;
+    std::string  text;
+    try {
+        std::rethrow_exception(p);
+    } catch (const pyps::RefusedError & e) {
+        name = "RefusedError";
+        text = e.what();
+    } catch (const pyps::InputError & e) {
+        name = "InputError";
+        text = e.what();
+    } catch (const std::runtime_error & e) {
+        name = "EngineError";
+        text = e.what();
+    }
+    nb::object type = nb::module_::import_("pyps.errors").attr(name);
+    PyErr_SetString(type.ptr(), text.c_str());
 }
 
 }  // namespace
 
 NB_MODULE(_native, m) {
-    m.doc() = "Joins the KV caches of llama.cpp contexts. Wrapped by pyps.context; not a public interface.";
+    m.doc() = "Join the KV caches of llama.cpp contexts. pyps.engine wraps it; this is not a public interface.";
 
-    // our exceptions live in Python, where they are documented
-    nb::register_exception_translator([](const std::exception_ptr & p, void *) {
-        const char * name;
-        std::string  text;
-        try {
-            std::rethrow_exception(p);
-        } catch (const pyps::Refusal & e) {
-            name = "RefusedError";
-            text = e.what();
-        } catch (const pyps::InputError & e) {
-            name = "InputError";
-            text = e.what();
-        } catch (const std::bad_alloc &) {
-            throw;
-        } catch (const std::runtime_error & e) {
-            name = "EngineError";
-            text = e.what();
-        }
-        nb::object type = nb::module_::import_("pyps.errors").attr(name);
-        PyErr_SetString(type.ptr(), text.c_str());
-    });
+    nb::register_exception_translator(translate);
 
     m.attr("llama_cpp_version") = PYPS_LLAMA_CPP_VERSION;
 
-    m.def("join", &join_spans, "src"_a, "dst"_a, "spans"_a, "dst_seq"_a, "rotates"_a, "affine"_a = nb::none(),
+    m.def("join", &join, "src"_a, "dst"_a, "spans"_a, "dst_seq"_a, "rotates"_a, "affine"_a = nb::none(),
           "together"_a = nb::none(),
-          "Place spans (seq, p0, p1, to) of context src in sequence dst_seq of context dst; returns the cells placed. "
-          "rotates [layers]: whether RoPE turns a layer's keys. affine: float32 [spans, layers, 4] (a_k, b_k, a_v, b_v), "
-          "None for the identity. together: all spans at once; None for what suits the device. All or nothing.");
-    m.def(
-        "why_not_joinable",
-        [](uintptr_t model) { return pyps::why_not_joinable(reinterpret_cast<const llama_model *>(model)); }, "model"_a,
-        "Empty, or why the caches of this model cannot be joined.");
-    m.def(
-        "norms",
-        [](uintptr_t model) {
-            const std::string bytes = pyps::norms(reinterpret_cast<const llama_model *>(model));
-            return nb::bytes(bytes.data(), bytes.size());
-        },
-        "model"_a, "The values of the model's norms, as bytes.");
-    m.def(
-        "work",
-        [](uintptr_t model) {
-            const pyps::Work w = pyps::work(reinterpret_cast<const llama_model *>(model));
-            return std::make_tuple(w.layers, w.logits, w.bytes);
-        },
-        "model"_a,
-        "Elements of the matrices that a token is multiplied with, in all layers and for its logits; bytes of both.");
-    m.def(
-        "is_causal", [](uintptr_t model) { return pyps::is_causal(reinterpret_cast<const llama_model *>(model)); },
-        "model"_a, "False for models that read in both directions.");
-    m.def(
-        "long_context",
-        [](uintptr_t model) { return pyps::long_context(reinterpret_cast<const llama_model *>(model)); }, "model"_a,
-        "Cells a sequence above which LongRoPE's long factors apply; 0 if the model has none.");
-    m.def(
-        "n_layers", [](uintptr_t ctx) { return pyps::Memory(as_context(ctx)).n_layers(); }, "ctx"_a,
-        "Attention layers with a KV cache: the mapper's layer count.");
-    m.def(
-        "n_cells",
-        [](uintptr_t ctx, llama_seq_id seq) {
-            const pyps::Memory memory(as_context(ctx));
-            memory.check_seq(seq);
-            size_t most = 0;
-            for (const pyps::Cache & cache : memory.caches()) {
-                most = std::max(most, cache.all_cells(seq).size());
-            }
-            return most;
-        },
-        "ctx"_a, "seq"_a, "Cells that a sequence takes, of the cache where it takes most.");
-    m.def("read", &read_cells, "ctx"_a, "seq"_a, "layer"_a,
-          "(positions [n], rows [n], K bytes [n, row], V bytes [n, row]) of a sequence in one layer, ordered by "
-          "position; a row is stream * cells + cell.");
+          "Place spans (seq, p0, p1, to) of context src in sequence dst_seq of dst; return the number of cells.\n\n"
+          "rotates [layers]: whether RoPE turns a layer's keys. affine: float32 [spans, layers, 4], rows of\n"
+          "(a_k, b_k, a_v, b_v); None for the identity. together: whether all spans are moved at once; None for\n"
+          "what suits the device. All or nothing.");
+    m.def("read", &read_layer, "ctx"_a, "seq"_a, "layer"_a,
+          "Return (positions [n], rows [n], K bytes [n, row], V bytes [n, row]) of a sequence in one layer.\n\n"
+          "They are ordered by position; a row is stream * cells + cell.");
     m.def("read_span", &read_span, "ctx"_a, "seq"_a, "p0"_a, "p1"_a,
-          "(positions [n], (K bytes [n, row], V bytes [n, row]) of each layer) of positions [p0, p1) of a sequence.");
+          "Return (positions [n], (K bytes [n, row], V bytes [n, row]) of each layer) of positions [p0, p1).");
     m.def("write_span", &write_span, "ctx"_a, "seq"_a, "positions"_a, "rows"_a,
-          "Gives a sequence new cells with these contents, as read_span returned them. All or nothing.");
+          "Give a sequence new cells with these contents, as read_span returned them. All or nothing.");
+    m.def("n_layers", &n_layers, "ctx"_a,
+          "Return the number of attention layers with a KV cache: the mapper's layers.");
+    m.def("n_cells", &n_cells, "ctx"_a, "seq"_a,
+          "Return the number of cells that a sequence takes, in the cache where it takes most.");
     m.def("hadamard", &hadamard, "ctx"_a,
-          "Size of the Hadamard matrix that K and V of each cache are multiplied by; 0: stored as they are.");
+          "Return the sizes of the Hadamard matrices that K and V of each cache are multiplied by; 0 for none.");
+    m.def("why_not_joinable", &why_not_joinable, "model"_a,
+          "Return why the caches of this model cannot be joined, or nothing.");
+    m.def("norms", &norms, "model"_a, "Return the values of the model's norms, as bytes.");
+    m.def("work", &work, "model"_a,
+          "Return (elements in all layers, elements for the logits, bytes of both) of the matrices that a token is "
+          "multiplied with.");
+    m.def("is_causal", &is_causal, "model"_a, "Return False for models that read in both directions.");
+    m.def("long_context", &long_context, "model"_a,
+          "Return above how many cells for each sequence LongRoPE's long factors apply; 0 if the model has none.");
 }

@@ -9,25 +9,28 @@ Branches generate in parallel; a synthesizer answers straight from their KV cach
         print(result.answer)
 """
 
-from pyps.agents.tools import Limits, Tool, calculator, file_tools, sql_tools, tool
+from pyps.agents.tools import Limits, Tool, ToolCall, calculator, file_tools, sql_tools, tool
 from pyps.engine.sampling import Sampling
-from pyps.errors import EngineError, InputError, PypsError, RefusedError
+from pyps.errors import EngineError, InputError, MachineError, PypsError, RefusedError
 from pyps.forkjoin import Branch, ForkJoin
 from pyps.forkjoin.asynchronous import AsyncForkJoin
-from pyps.forkjoin.branches import Branches
+from pyps.forkjoin.branches import Branches, BranchResult
+from pyps.forkjoin.chat import Chat
 from pyps.forkjoin.events import (
     AnswerToken,
     BranchDone,
-    BranchResult,
     BranchToken,
     Completion,
     Done,
     Event,
     Joined,
     Result,
-    ToolCall,
+    Synthesis,
+    Timing,
+    Tokens,
     ToolCalled,
 )
+from pyps.forkjoin.slots import read_slots
 
 __version__ = "0.1.0"
 
@@ -39,6 +42,7 @@ __all__ = [
     "BranchResult",
     "BranchToken",
     "Branches",
+    "Chat",
     "Completion",
     "Done",
     "EngineError",
@@ -47,15 +51,20 @@ __all__ = [
     "InputError",
     "Joined",
     "Limits",
+    "MachineError",
     "PypsError",
     "RefusedError",
     "Result",
     "Sampling",
+    "Synthesis",
+    "Timing",
+    "Tokens",
     "Tool",
     "ToolCall",
     "ToolCalled",
     "calculator",
     "file_tools",
+    "read_slots",
     "sql_tools",
     "tool",
 ]

@@ -1,4 +1,4 @@
-"""The exceptions of pyps. Whatever a caller passes in ends in a result or in one of these.
+"""The exceptions of pyps. Every call ends in a result or in one of these, whatever the caller passes in.
 
 PypsError                    exit code 1
 ├── InputError               2: a mistake in the request
@@ -16,14 +16,14 @@ class PypsError(Exception):
     """The base of all exceptions that pyps raises on purpose.
 
     Attributes:
-        exit_code: What the command line ends with after one.
+        exit_code: The exit code of a command that ends with the exception.
     """
 
     exit_code: ClassVar[int] = 1
 
 
 class InputError(PypsError, ValueError):
-    """Something that was asked for is wrong or does not fit; the message says what to change."""
+    """The request is wrong or does not fit; the message says what to change."""
 
     exit_code: ClassVar[int] = 2
 
@@ -33,7 +33,7 @@ class RefusedError(InputError):
 
 
 class MachineError(PypsError, OSError):
-    """The network, the disk or the memory failed at something that was asked for rightly."""
+    """The network, the disk or the memory failed, although the request was right."""
 
 
 class EngineError(PypsError, RuntimeError):

@@ -1,8 +1,9 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 import contextlib
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from pyps.errors import InputError, MachineError
 
 
 def check_writable(path: Path, what: str = "file") -> None:
-    """Raise InputError if a file could not be written there: better before the work than after it.
+    """Raise InputError if a file could not be written there, so that one knows before the work and not after it.
 
     Args:
         path: The file that is to be written.
@@ -49,15 +50,50 @@ def whole(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(partial, target)
         partial = None
-        _sync_folder(target.parent)
+        _sync(target.parent)
     except MachineError:
         raise
     except OSError as error:
-        raise MachineError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise _cannot_write(path, error) from error
     finally:
         if partial is not None:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a new, empty folder beside `path` that takes its name when the block ends.
+
+    If the block raises, the new folder is removed with all that is in it.
+
+    Args:
+        path: The folder to write, which must not exist. Folders above it are made.
+
+    Raises:
+        InputError: There is such a file or folder already, or none can be made there.
+        MachineError: The disk is full or fails.
+    """
+    if path.exists():
+        raise InputError(f"{path} exists: give the name of a new folder")
+    partial = path.with_name(f".{path.name[:40]}-{secrets.token_hex(8)}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    try:
+        yield partial
+        for file in partial.iterdir():
+            _sync(file)
+        _sync(partial)
+        partial.rename(path)
+        _sync(path.parent)
+    except MachineError:
+        raise
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # it is gone already if it has been renamed
 
 
 def _create_beside(target: Path) -> Path:
@@ -82,10 +118,15 @@ def _create_beside(target: Path) -> Path:
         return partial
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the renaming itself last: on Linux a folder's entries are flushed apart from a file's content."""
-    with contextlib.suppress(OSError):  # some file systems cannot
-        descriptor = os.open(folder, os.O_RDONLY)
+def _cannot_write(path: Path, error: OSError) -> MachineError:
+    # NumPy's errors say only how many bytes were written
+    return MachineError(f"{path}: cannot be written: {error.strerror or f'is the disk full? ({error})'}")
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder's entries, which on Linux are flushed apart from the files' content."""
+    with contextlib.suppress(OSError):  # some file systems cannot flush folders
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

@@ -1,15 +1,18 @@
 """Shared models. The default model is prepared once, in the user's cache, as `pyps run` would do."""
 
-from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny import write_model
+from support.exactness import Record, write_pages
+from support.tiny import TinyModel, write_model
 
 from pyps.engine.find import find_model
 from pyps.engine.model import Model
+
+_RECORDS = pytest.StashKey[list[Record]]()
 
 
 @pytest.fixture(scope="session")
@@ -36,71 +39,46 @@ def tiny(tiny_path: Path) -> Iterator[Model]:
     model.close()
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
+    """Models of any architecture: `tiny_model("gemma3", n_layers=7)`, with what write_model takes.
+
+    The same words give the same model, which is written and loaded once and closed after the last test.
+    """
+    folder = tmp_path_factory.mktemp("tiny")
+    models: dict[str, Model] = {}
+    with ExitStack() as stack:
+
+        def load(arch: str = "llama", **changes: Any) -> Model:
+            key = repr((arch, sorted(changes.items())))
+            if key not in models:
+                models[key] = Model.load(write_model(folder / f"{len(models)}.gguf", arch, **changes))
+                stack.callback(models[key].close)
+            return models[key]
+
+        yield load
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-exactness", action="store_true", help="write docs/exactness.md from test_oracle.py")
 
 
-_records: list[Any] = []
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_RECORDS] = []
 
 
 @pytest.fixture(scope="session")
-def exactness() -> list[Any]:
-    """(case, its distance from the oracle, the distance without a join) of every combination that was run."""
-    return _records
+def exactness(pytestconfig: pytest.Config) -> list[Record]:
+    """What test_oracle.py measured of every combination that was run."""
+    return pytestconfig.stash[_RECORDS]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if not _records:
+    records = config.stash[_RECORDS]
+    if not records:
         return
-    terminalreporter.write_line(f"{len(_records)} combinations compared with the oracle")
+    terminalreporter.write_line(f"{len(records)} combinations compared with the oracle")
     if config.getoption("--write-exactness"):
-        path = Path(__file__).parent.parent / "docs" / "exactness.md"
-        path.write_text(_table(), encoding="utf-8")
-        terminalreporter.write_line(f"wrote {path}")
-
-
-def _table() -> str:
-    groups: dict[tuple[str, ...], list[Any]] = defaultdict(list)
-    for record in _records:
-        case = record[0]
-        key = (case.model, case.kv_type, "on" if case.flash_attn else "off", "on" if case.lora else "off")
-        groups[key].append(record)
-    head = [
-        "model",
-        "cache",
-        "flash attention",
-        "LoRA",
-        "combinations",
-        "logit error",
-        "bound",
-        "largest",
-        "KL",
-        "bound",
-    ]
-    lines = [
-        "# Exactness",
-        "",
-        "Written by `make exact` (tests/test_oracle.py): the runtime against an independent PyTorch computation of",
-        "the method, on random-weight models and, as smollm2, on the default model with its weights in F32. Each row",
-        "has the worst of all combinations of unified cache or streams, prefix or none, equal or unequal branches,",
-        "mapper or none (a quarter of them for smollm2), over nine tokens of a prompt and twenty of an answer: root",
-        "mean square of the logits' errors, the largest of them, and mean KL divergence in nats. `cache` is the type",
-        "of K and V, or of K/V. The bounds are twice the error, and four times the KL, of the worst of eight sequences",
-        "in the same kind of cache without any join, read in batches of the same sizes; and 1e-5. (gemma3 is 1e-4 off",
-        "in f32, with a join and without: llama.cpp looks its GELU up in a table of half-precision numbers.)",
-        "",
-        f"| {' | '.join(head)} |",
-        f"|{' --- |' * len(head)}",
-    ]
-    for key, records in groups.items():
-        found, plain = [r[1] for r in records], records[0][2]
-        values = (
-            max(d.rms for d in found),
-            2 * plain.rms + 1e-5,
-            max(d.worst for d in found),
-            max(d.kl for d in found),
-            4 * plain.kl + 1e-10,
-        )
-        numbers = [f"{x:.1e}" for x in values]
-        lines.append(f"| {' | '.join([*key, str(len(records)), *numbers])} |")
-    return "\n".join([*lines, "", f"{len(_records)} combinations.", ""])
+        docs = Path(__file__).parent.parent / "docs"
+        write_pages(records, docs)
+        terminalreporter.write_line(f"wrote exactness.md and exactness.csv in {docs}")

@@ -1,10 +1,10 @@
 """Adapter files: what is read, what is refused, and that no file of any shape gets past us to crash llama.cpp."""
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gguf
 import llama_cpp
 import numpy as np
 import pytest
@@ -15,6 +15,8 @@ from support.contexts import context_with
 from support.tiny import mapper_metadata, write_adapter
 
 from pyps.adapters.adapter import Adapter
+from pyps.adapters.format import AdapterMetadata, read_mapper, read_metadata, write_metadata
+from pyps.engine.gguf_file import open_gguf, writing
 from pyps.engine.model import Model
 from pyps.errors import InputError
 
@@ -67,6 +69,38 @@ def test_another_base_of_the_same_shape_is_a_warning(tmp_path: Path, tiny: Model
     adapter.close()
 
 
+def test_keys_of_a_later_version_are_ignored(tmp_path: Path, tiny: Model) -> None:
+    path = write_adapter(tmp_path / "a.gguf", mapper=mapper_metadata(3), pyps__colour="blue", pyps__mapper__depth=2)
+    adapter = Adapter(path, tiny)
+    assert adapter.mapper is not None
+    assert adapter.warnings == []
+    adapter.close()
+
+
+def test_metadata_is_read_as_it_was_written(tmp_path: Path) -> None:
+    mapper = read_mapper(mapper_metadata(3))
+    assert mapper is not None
+    metadata = AdapterMetadata(
+        arch="llama",
+        alpha=0.5,
+        layout="paper",
+        in_order=True,
+        mapper=mapper,
+        base_name="tiny",
+        base_fingerprint="0123456789abcdef",
+    )
+    for wanted in (metadata, replace(metadata, layout=None, in_order=False, mapper=None, base_name="")):
+        with writing(tmp_path / "a.gguf", "llama") as writer:
+            write_metadata(writer, wanted)
+        with open_gguf(tmp_path / "a.gguf", "adapter") as reader:
+            got = read_metadata(reader)
+        assert replace(got, mapper=None) == replace(wanted, mapper=None)
+        assert (got.mapper is None) == (wanted.mapper is None)
+        if got.mapper:
+            assert got.mapper.features == mapper.features
+            assert all((getattr(got.mapper, x) == getattr(mapper, x)).all() for x in ("w1", "b1", "w2", "b2"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -80,6 +114,7 @@ def test_another_base_of_the_same_shape_is_a_warning(tmp_path: Path, tiny: Model
         ({"adapter__lora__alpha": None}, "adapter.lora.alpha is missing"),
         ({"general__type": 1}, "general.type must be of type STRING"),
         ({"pyps__version": 2}, "pyps.version is 2"),
+        ({"pyps__base__name": 5}, "pyps.base.name must be of type STRING"),
         ({"pyps__layout": "sideways"}, "pyps.layout is 'sideways'"),
         ({"pyps__in_order": "yes"}, "pyps.in_order must be true or false"),
         ({"mapper": {**mapper_metadata(1), "pyps.mapper.w2": [0.5]}}, r"w2 must be \[4, 32\]"),
@@ -105,18 +140,19 @@ def test_other_files_are_refused(tmp_path: Path, tiny: Model, tiny_path: Path) -
             Adapter(path, tiny)
 
     odd = tmp_path / "odd.gguf"
-    writer = gguf.GGUFWriter(odd, "llama")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 1.0)
-    writer.add_tensor("blk.0.attn_q.weight.lora_a", np.zeros((4, 64), np.int32))
-    writer.add_tensor("blk.0.attn_q.weight.lora_b", np.zeros((64, 4), np.int32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(InputError, match="LoRA tensors are F32"):
-        Adapter(odd, tiny)
+    for name, message in (("blk.0.attn_q.weight.lora_a", "LoRA tensors are F32"), ("x", "'x' is not part of a LoRA")):
+        with writing(odd, "llama") as writer:
+            writer.add_type("adapter")
+            writer.add_string("adapter.type", "lora")
+            writer.add_float32("adapter.lora.alpha", 1.0)
+            writer.add_tensor(name, np.zeros((4, 64), np.int32))
+        with pytest.raises(InputError, match=message):
+            Adapter(odd, tiny)
+
+    cut = write_adapter(tmp_path / "cut.gguf")
+    cut.write_bytes(cut.read_bytes()[:-40])  # more than the padding at its end
+    with pytest.raises(InputError, match="cut off"):
+        Adapter(cut, tiny)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,10 +1,9 @@
 """Going on after the answer."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.command_line import pyps
 
 from pyps import ForkJoin, InputError, Limits, Sampling, ToolCall, tool
 from pyps.engine.context import Context
@@ -23,7 +22,7 @@ def test_it_goes_on_in_front_of_the_same_cells(tiny_path: Path) -> None:
         with result.kept:
             chat = Chat(fj, result.kept)
             before = chat.room
-            said = ["".join(map(str, chat.say(text, GREEDY))) for text in ("And then?", "Why?")]
+            answers = ["".join(map(str, chat.say(text, GREEDY))) for text in ("And then?", "Why?")]
             assert before - chat.room >= 2 * 12
             assert chat.room > 0
         layout = Layout(fj.model, fj.layout, "Go", None, "Using the notes above, give one final answer.")
@@ -31,7 +30,7 @@ def test_it_goes_on_in_front_of_the_same_cells(tiny_path: Path) -> None:
         with Context(fj.model, 2048) as again:
             again.prefill(0, prompts.prefix)
             join(branches.ctx, again, [Span(c.seq, *c.spans[0], prompts.branch_point) for c in branches.cached])
-            texts = [result.answer, *said]
+            texts = [result.answer, *answers]
             feeds = [prompts.synthesizer, follow_up(fj.model, "And then?"), follow_up(fj.model, "Why?")]
             for feed, text in zip(feeds, texts, strict=True):
                 again.prefill(0, feed)
@@ -55,9 +54,9 @@ def test_with_tools(smollm2_path: Path) -> None:
         result = fj.run("Talk.", ["a", "b"], sampling=Sampling(temperature=0, max_tokens=8), keep=True, room=1000)
         assert result.kept is not None
         chat = Chat(fj, result.kept, [clock], Limits(min_calls=1, max_calls=1, result_tokens=32))
-        said = list(chat.say("What time is it?", Sampling(temperature=0, max_tokens=12)))
-        assert [s.result for s in said if isinstance(s, ToolCall)] == ["It is noon."]
-        assert any(isinstance(s, str) and s for s in said)
+        parts = list(chat.say("What time is it?", Sampling(temperature=0, max_tokens=12)))
+        assert [s.result for s in parts if isinstance(s, ToolCall)] == ["It is noon."]
+        assert any(isinstance(s, str) and s for s in parts)
         result.kept.close()
         with pytest.raises(InputError, match="closed"):
             list(chat.say("More"))
@@ -73,11 +72,10 @@ def test_no_room(tiny_path: Path) -> None:
             fj.run("Go", ["a"], sampling=GREEDY, keep=True, room=-1)
 
 
-def test_on_the_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pyps.cli", "run", "Talk.", "-b", "a", "-b", "b", "--max-tokens", "12", "--chat"]
-    done = subprocess.run(command, input="Go on.\n\nAnd?\n", capture_output=True, text=True, timeout=200)
+def test_on_the_command_line() -> None:
+    arguments = ["run", "Talk.", "-b", "a", "-b", "b", "--max-tokens", "12", "--chat"]
+    done = pyps(*arguments, stdin="Go on.\n\nAnd?\n")
     assert done.returncode == 0, done.stderr
     after = done.stdout.split("s in all\n")[1]
     assert len([part for part in after.split("\n\n") if part.strip()]) >= 2
-    wrong = subprocess.run([*command, "--json"], input="", capture_output=True, text=True, timeout=200)
-    assert wrong.returncode == 2
+    assert pyps(*arguments, "--json").returncode == 2

@@ -70,8 +70,10 @@ def test_json_keeps_its_contract() -> None:
     assert all(isinstance(v, float) for v in result["timing_ms"].values())
     assert [b["prompt"] for b in result["branches"]] == BRANCHES[1::2]
     for branch in result["branches"]:
-        assert set(branch) == {"name", "prompt", "text", "tokens", "finish_reason", "calls"}
+        assert set(branch) == {"name", "prompt", "text", "tokens", "finish_reason", "calls", "error"}
         assert branch["finish_reason"] in ("stop", "length")
+    assert result["finish_reason"] in ("stop", "length")
+    assert result["compare"]["finish_reason"] in ("stop", "length")
     alone = json.loads(pyps("run", TASK, *BRANCHES, *QUICK, "--json").stdout)
     assert alone["compare"] is None
     assert alone["answer"] == result["answer"]

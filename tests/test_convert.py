@@ -1,6 +1,8 @@
 """pyps convert: real PEFT checkpoints, the published layout among them, to GGUF and back; and those that cannot be."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ def trained(folder: Path, name: str, **config: Any) -> tuple[Path, Synthesis]:
 
 
 def save(folder: Path, synthesis: Synthesis, *, embeddings: bool = False) -> Path:
-    """As the published checkpoints are."""
+    """Write a checkpoint in the published layout and return its folder."""
     synthesis.model.save_pretrained(str(folder / "judger_lora"), save_embedding_layers=embeddings)
     names = {"inner": "net.0", "outer": "net.2"}
     state = {names[n.split(".")[0]] + "." + n.split(".")[1]: p.data for n, p in synthesis.mapper.named_parameters()}
@@ -65,16 +67,18 @@ def test_the_published_layout(tmp_path: Path) -> None:
     path, synthesis = trained(tmp_path, "qwen3")
     save(tmp_path / "c" / "step_checkpoints" / "latest", synthesis, embeddings=True)
     out = tmp_path / "a.gguf"
-    done = pyps("convert", str(tmp_path / "c"), "--base", str(path), "-o", str(out), "--type", "f32")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(out)
-    assert "left out 2 tensors that are no LoRA: base_model.model.lm_head.weight" in done.stderr
+    process = pyps("convert", str(tmp_path / "c"), "--base", str(path), "-o", str(out), "--type", "f32")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == str(out)
+    assert "left out 2 tensors that are no LoRA: base_model.model.lm_head.weight" in process.stderr
     compare(path, out, synthesis)
     model = Model.load(path)
     assert Adapter(out, model).layout == "paper"
     model.close()
     stock = llama_cpp.Llama(str(path), lora_path=str(out), n_ctx=64, verbose=False)  # an ordinary LoRA, to others
-    assert stock.create_completion("a", max_tokens=2)["usage"]["completion_tokens"] == 2
+    completion = stock.create_completion("a", max_tokens=2)
+    assert isinstance(completion, dict)
+    assert completion["usage"]["completion_tokens"] == 2
     stock.close()
 
 
@@ -114,8 +118,8 @@ def test_there_and_back(tmp_path: Path, kind: str) -> None:
     peft.PeftConfig.from_pretrained(str(tmp_path / "back"))
     to_gguf([tmp_path / "back"], again, path, layout="shared", type=kind)
     shape = read_base(path).shape
-    _, want, _ = read_adapter(first, shape)
-    _, got, _ = read_adapter(again, shape)
+    _, want = read_adapter(first, shape)
+    _, got = read_adapter(again, shape)
     tolerance = {"f32": 0, "f16": 0, "bf16": 0, "q8_0": 1e-3}[kind]
     original = read_checkpoint(checkpoint).lora
     assert want.keys() == got.keys() == original.keys()
@@ -142,9 +146,9 @@ def test_averages(tmp_path: Path) -> None:
     other = save(tmp_path / "other", synthesis)
     out = tmp_path / "a.gguf"
     sources = [str(one), str(other)]
-    done = pyps("convert", *sources, "--base", str(path), "-o", str(out), "--type", "f32", "--weights", "3,1")
-    assert done.returncode == 0, done.stderr
-    _, merged, _ = read_adapter(out, read_base(path).shape)
+    process = pyps("convert", *sources, "--base", str(path), "-o", str(out), "--type", "f32", "--weights", "3,1")
+    assert process.returncode == 0, process.stderr
+    _, merged = read_adapter(out, read_base(path).shape)
     original = read_checkpoint(one)
     for module, (a, b) in original.lora.items():
         np.testing.assert_allclose(merged[module][0], a + 0.25, atol=1e-6)
@@ -265,6 +269,31 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: p
             from_gguf(adapter, tmp_path / "back", path)
         else:
             to_gguf([checkpoint], tmp_path / "b.gguf", path, layout="paper")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_full_disk_is_the_machines_fault(tmp_path: Path, back: bool) -> None:
+    """A limit on file sizes stands for the full disk: the same error at the same place."""
+    path, synthesis = trained(tmp_path, "llama")
+    checkpoint = save(tmp_path / "c", synthesis)
+    adapter = tmp_path / "a.gguf"
+    to_gguf([checkpoint], adapter, path, layout="paper")
+    before = sorted(tmp_path.iterdir())
+    call = (
+        f"from_gguf(Path({str(adapter)!r}), Path({str(tmp_path / 'back')!r}), base)"
+        if back
+        else f"to_gguf([Path({str(checkpoint)!r})], Path({str(tmp_path / 'b.gguf')!r}), base, layout='paper')"
+    )
+    program = (
+        "import resource; from pathlib import Path; from pyps.convert.gguf import from_gguf, to_gguf\n"
+        f"base = Path({str(path)!r})\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        f"{call}\n"
+    )
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "MachineError" in process.stderr, process.stderr
+    assert f"{tmp_path / ('back' if back else 'b.gguf')}: cannot be written" in process.stderr
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -3,9 +3,11 @@
 import itertools
 import string
 from collections import deque
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import pytest
@@ -30,7 +32,7 @@ from pyps.engine.context import Context
 from pyps.engine.generate import Generation, generate
 from pyps.engine.join import Span, join
 from pyps.engine.model import Model
-from pyps.forkjoin import long_prompts
+from pyps.forkjoin import synthesis
 from pyps.prompts.layout import DEFAULT_SYNTHESIZE, Layout
 
 TASK = "Which database should a small desktop app use?"
@@ -39,7 +41,7 @@ GREEDY = Sampling(temperature=0, max_tokens=40)
 
 
 @pytest.fixture(scope="module")
-def fj(smollm2_path: Path):  # type: ignore[no-untyped-def]
+def fj(smollm2_path: Path) -> Iterator[ForkJoin]:
     with ForkJoin.from_pretrained(str(smollm2_path)) as fj:
         yield fj
 
@@ -190,32 +192,38 @@ def test_a_stream_that_is_dropped_frees_its_contexts(fj: ForkJoin) -> None:
     for _ in range(3):
         events = fj.stream(TASK, BRANCHES, sampling=GREEDY)
         next(events)
+        assert isinstance(events, Generator)
         events.close()
     assert fj.run(TASK, BRANCHES, sampling=GREEDY).answer
 
 
 def test_a_long_prompt_is_read_with_flash_attention_and_moved(smollm2: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """In both modes: what the answer sees is the same, and it can be kept."""
-    found = []
+    runs = []
     for least in (16, 10**6):
-        monkeypatch.setattr(long_prompts, "_LONG", least)
+        monkeypatch.setattr(synthesis, "_LONG_PROMPT", least)
         fj = ForkJoin(smollm2, layout="paper", kv_type="f32")
         result = fj.run(TASK, BRANCHES, sampling=GREEDY, compare=True, keep=True)
-        assert result.kept and result.compare
+        assert result.kept
+        assert result.compare
         assert result.kept.ctx.n_cells(0) == result.tokens.joined + result.tokens.prefilled + result.tokens.generated
         again = fj.run(TASK, join=result.kept, sampling=GREEDY)
-        found.append((result.answer, result.tokens, result.compare.answer, result.compare.tokens, again.answer))
+        runs.append((result.answer, result.tokens, result.compare.answer, result.compare.tokens, again.answer))
         result.kept.close()
-    assert found[0] == found[1]
+    assert runs[0] == runs[1]
 
 
 def test_on_an_existing_llama(smollm2_path: Path, fj: ForkJoin) -> None:
+    def text() -> str:
+        completion: Any = llama("The capital of France is", max_tokens=8, temperature=0)
+        return str(completion["choices"][0]["text"])
+
     llama = llama_cpp.Llama(str(smollm2_path), n_ctx=256, n_gpu_layers=-1, verbose=False)
-    before = llama("The capital of France is", max_tokens=8, temperature=0)["choices"][0]["text"]
+    before = text()
     with ForkJoin(llama=llama) as borrowed:
         result = borrowed.run(TASK, BRANCHES, sampling=GREEDY)
     assert result.branches == fj.run(TASK, BRANCHES, sampling=GREEDY).branches
-    assert llama("The capital of France is", max_tokens=8, temperature=0)["choices"][0]["text"] == before
+    assert text() == before
     llama.close()
 
 
@@ -262,7 +270,7 @@ def test_models_that_cannot_be_joined_still_have_text_mode(tmp_path: Path, arch:
 
 @pytest.mark.parametrize("in_order", [False, True])
 def test_an_adapter_is_used_by_the_synthesizer_only(tmp_path: Path, tiny_path: Path, in_order: bool) -> None:
-    options = {"pyps__layout": "paper", "pyps__in_order": in_order}
+    options: dict[str, Any] = {"pyps__layout": "paper", "pyps__in_order": in_order}
     adapter = write_adapter(tmp_path / "a.gguf", mapper=mapper_metadata(5), **options)
     sampling = Sampling(temperature=0, max_tokens=20, ignore_eos=True)
     with ForkJoin.from_pretrained(str(tiny_path), layout="paper") as plain:
@@ -310,18 +318,18 @@ def test_spans_in_order_need_positions(tmp_path: Path, tiny_path: Path) -> None:
 
 
 def test_refused_before_any_work(fj: ForkJoin, tmp_path: Path) -> None:
-    cases = [
-        (dict(branches=[]), "no branches"),
-        (dict(branches=["x"] * 257), "257 branches are too many"),
-        (dict(task="  "), "task is empty"),
-        (dict(mode="magic"), "choose 'cache' or 'text'"),
-        (dict(mode="text", compare=True), "compare"),
-        (dict(sampling=Sampling(max_tokens=9000)), r"may need 9,0\d\d positions.*trained on 8,192"),
+    mistakes: list[tuple[dict[str, Any], str]] = [
+        ({"branches": []}, "no branches"),
+        ({"branches": ["x"] * 257}, "257 branches are too many"),
+        ({"task": "  "}, "task is empty"),
+        ({"mode": "magic"}, "choose 'cache' or 'text'"),
+        ({"mode": "text", "compare": True}, "compare"),
+        ({"sampling": Sampling(max_tokens=9000)}, r"may need 9,0\d\d positions.*trained on 8,192"),
     ]
-    for changes, message in cases:
-        arguments = {"task": TASK, "branches": BRANCHES, **changes}
+    for changes, message in mistakes:
+        arguments: dict[str, Any] = {"task": TASK, "branches": BRANCHES, **changes}
         with pytest.raises(InputError, match=message):
-            fj.stream(**arguments)  # type: ignore[arg-type]
+            fj.stream(**arguments)
     with pytest.raises(InputError, match="one of the two"):
         ForkJoin()
     small = ForkJoin(fj.model, n_ctx=256)

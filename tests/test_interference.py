@@ -10,13 +10,16 @@ import functools
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from support.caches import fill
 from support.contexts import context_with
 from support.tiny import write_adapter, write_model
@@ -28,10 +31,13 @@ from pyps.engine.model import Model
 
 PREFIX, BRANCHES, QUESTION = list(range(40, 50)), [list(range(100, 130)), list(range(60, 75))], [33, 34, 35, 36, 37]
 SPARE = 2  # a sequence of either context that the job does not use
-SHAPE = {"n_ctx": 256, "n_seq": 3, "kv_type": "f32"}
+SHAPE: dict[str, Any] = {"n_ctx": 256, "n_seq": 3, "kv_type": "f32"}
+
+# the tokens that were chosen, and the last logits [n_vocab]
+Outcome = tuple[list[int], NDArray[np.float32]]
 
 
-def job(src: Context, dst: Context) -> tuple[list[int], np.ndarray]:
+def job(src: Context, dst: Context) -> Outcome:
     """Two branches, joined after a prefix, then a question and twelve greedy tokens; and the last logits."""
     encode(src)
     return synthesize(src, dst)
@@ -42,7 +48,7 @@ def encode(src: Context) -> None:
         src.prefill(seq, [*PREFIX, *branch])
 
 
-def synthesize(src: Context, dst: Context, shift: int = 0) -> tuple[list[int], np.ndarray]:
+def synthesize(src: Context, dst: Context, shift: int = 0) -> Outcome:
     """shift: by how much the branches' outputs have been moved since they were encoded."""
     n = len(PREFIX)
     join(src, dst, [Span(0, 0, n, 0)])
@@ -55,11 +61,11 @@ def synthesize(src: Context, dst: Context, shift: int = 0) -> tuple[list[int], n
     return chosen, dst.logits()
 
 
-def memory(ctx: Context) -> llama_cpp.llama_memory_t:
+def memory(ctx: Context) -> Any:
     return llama_cpp.llama_get_memory(ctx.pointer)
 
 
-def cleared(src: Context, dst: Context) -> tuple[list[int], np.ndarray]:
+def cleared(src: Context, dst: Context) -> Outcome:
     for ctx in (src, dst):
         for seq in range(3):
             fill(ctx, seq, 50, seed=seq)
@@ -67,7 +73,7 @@ def cleared(src: Context, dst: Context) -> tuple[list[int], np.ndarray]:
     return job(src, dst)
 
 
-def several_times(src: Context, dst: Context) -> tuple[list[int], np.ndarray]:
+def several_times(src: Context, dst: Context) -> Outcome:
     for _ in range(3):
         last = job(src, dst)
         src.clear()
@@ -77,7 +83,7 @@ def several_times(src: Context, dst: Context) -> tuple[list[int], np.ndarray]:
     return again
 
 
-def copies_are_queued(src: Context, dst: Context) -> tuple[list[int], np.ndarray]:
+def copies_are_queued(src: Context, dst: Context) -> Outcome:
     fill(dst, SPARE, 90)
     dst.copy(SPARE, 0)
     dst.remove(0)
@@ -87,7 +93,7 @@ def copies_are_queued(src: Context, dst: Context) -> tuple[list[int], np.ndarray
     return synthesize(src, dst)
 
 
-def shifts_are_queued(src: Context, dst: Context) -> tuple[list[int], np.ndarray]:
+def shifts_are_queued(src: Context, dst: Context) -> Outcome:
     """Of other sequences, and of those that are joined: their cells are found where they were moved to, and turned."""
     fill(dst, SPARE, 90)
     llama_cpp.llama_memory_seq_add(memory(dst), SPARE, 0, -1, 11)
@@ -99,7 +105,7 @@ def shifts_are_queued(src: Context, dst: Context) -> tuple[list[int], np.ndarray
     return synthesize(src, dst, shift=7)
 
 
-def decodes_of_the_same_shape_go_before(src: Context, dst: Context) -> tuple[list[int], np.ndarray]:
+def decodes_of_the_same_shape_go_before(src: Context, dst: Context) -> Outcome:
     for tokens in (QUESTION, [1], [2], [3]):
         dst.prefill(SPARE, tokens)
     encode(src)
@@ -108,7 +114,7 @@ def decodes_of_the_same_shape_go_before(src: Context, dst: Context) -> tuple[lis
     return synthesize(src, dst)
 
 
-def joins_of_others_come_between(src: Context, dst: Context) -> tuple[list[int], np.ndarray]:
+def joins_of_others_come_between(src: Context, dst: Context) -> Outcome:
     encode(src)
     join(src, dst, [Span(1, 0, 20, 0)], SPARE)
     join(dst, dst, [Span(SPARE, 5, 20, 30)], SPARE)
@@ -116,7 +122,7 @@ def joins_of_others_come_between(src: Context, dst: Context) -> tuple[list[int],
     return synthesize(src, dst)
 
 
-def a_branch_goes_on(src: Context, dst: Context) -> tuple[list[int], np.ndarray]:
+def a_branch_goes_on(src: Context, dst: Context) -> Outcome:
     """The source decodes between the join's two calls, and after them."""
     encode(src)
     n = len(PREFIX)
@@ -126,22 +132,27 @@ def a_branch_goes_on(src: Context, dst: Context) -> tuple[list[int], np.ndarray]
     return synthesize(src, dst)
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Model, Path, Path]]:
-    folder = tmp_path_factory.mktemp("interference")
+@dataclass(frozen=True)
+class Case:
+    """A model, its file, and the file of an adapter for it: what another process needs to do the same job."""
 
-    @functools.cache
-    def load(arch: str) -> tuple[Model, Path, Path]:
-        path, adapter = folder / f"{arch}.gguf", folder / f"{arch}-lora.gguf"
-        write_model(path, arch, n_layers=7)
-        write_adapter(adapter, arch=arch, n_layers=7)
-        return Model.load(path), path, adapter
+    model: Model
+    path: Path
+    adapter: Path
 
-    return load
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    folder, arch = tmp_path_factory.mktemp("interference"), request.param
+    path = write_model(folder / "m.gguf", arch, n_layers=7)
+    adapter = write_adapter(folder / "lora.gguf", arch=arch, n_layers=7)
+    model = Model.load(path)
+    yield Case(model, path, adapter)
+    model.close()
 
 
 @functools.cache
-def fresh(path: Path, unified: bool, adapter: Path | None) -> tuple[list[int], np.ndarray]:
+def fresh(path: Path, unified: bool, adapter: Path | None) -> Outcome:
     """The job in a process of its own."""
     words = [sys.executable, __file__, str(path), str(int(unified)), str(adapter or "")]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
@@ -149,14 +160,13 @@ def fresh(path: Path, unified: bool, adapter: Path | None) -> tuple[list[int], n
     return tokens, np.array(logits, np.float32)
 
 
-def same(got: tuple[list[int], np.ndarray], want: tuple[list[int], np.ndarray]) -> None:
+def same(got: Outcome, want: Outcome) -> None:
     assert got[0] == want[0]
     # cells may lie elsewhere, so sums may be in another order
     np.testing.assert_allclose(got[1], want[1], rtol=0, atol=1e-3 * np.abs(want[1]).max())
 
 
 @pytest.mark.parametrize("unified", [False, True])
-@pytest.mark.parametrize("arch", ["llama", "gemma3"])
 @pytest.mark.parametrize(
     "history",
     [
@@ -169,45 +179,37 @@ def same(got: tuple[list[int], np.ndarray], want: tuple[list[int], np.ndarray]) 
         a_branch_goes_on,
     ],
 )
-def test_a_past_changes_nothing(
-    models: Callable[[str], tuple[Model, Path, Path]],
-    history: Callable[[Context, Context], tuple[list[int], np.ndarray]],
-    arch: str,
-    unified: bool,
-) -> None:
-    model, path, _ = models(arch)
+def test_a_past_changes_nothing(case: Case, history: Callable[[Context, Context], Outcome], unified: bool) -> None:
     shape = SHAPE | ({"n_ctx": 768, "unified": True} if unified else {})
-    with Context(model, **shape) as src, Context(model, **shape) as dst:
-        same(history(src, dst), fresh(path, unified, None))
+    with Context(case.model, **shape) as src, Context(case.model, **shape) as dst:
+        same(history(src, dst), fresh(case.path, unified, None))
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3"])
-def test_a_lora_that_has_just_come_or_gone(models: Callable[[str], tuple[Model, Path, Path]], arch: str) -> None:
+def test_a_lora_that_has_just_come_or_gone(case: Case) -> None:
     """llama.cpp replaces the context's scheduler at the next decode after its adapters change."""
-    model, path, adapter_path = models(arch)
-    adapter = Adapter(adapter_path, model)
-    handles = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter.lora)
+    adapter = Adapter(case.adapter, case.model)
+    lora: Any = adapter.lora
+    handles = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(lora)
 
     def attach(ctx: Context, n: int) -> None:
         assert llama_cpp.llama_set_adapters_lora(ctx.pointer, handles, n, (ctypes.c_float * 1)(1.0)) == 0
 
-    with Context(model, **SHAPE) as src, Context(model, **SHAPE) as dst:
+    with Context(case.model, **SHAPE) as src, Context(case.model, **SHAPE) as dst:
         encode(src)
-        for n, want in ((0, None), (1, adapter_path), (0, None), (1, adapter_path)):
+        for n, attached in ((0, None), (1, case.adapter), (0, None), (1, case.adapter)):
             attach(dst, 1 - n)
             dst.prefill(SPARE, QUESTION)
             attach(dst, n)
-            same(synthesize(src, dst), fresh(path, False, want))
+            same(synthesize(src, dst), fresh(case.path, False, attached))
             dst.clear()
     adapter.close()
 
 
-def test_threads_do_not_disturb_each_other(models: Callable[[str], tuple[Model, Path, Path]]) -> None:
-    model, path, _ = models("llama")
-
-    def work() -> list[tuple[list[int], np.ndarray]]:
+@pytest.mark.parametrize("case", ["llama"], indirect=True)
+def test_threads_do_not_disturb_each_other(case: Case) -> None:
+    def work() -> list[Outcome]:
         got = []
-        with Context(model, threads=1, **SHAPE) as src, Context(model, threads=1, **SHAPE) as dst:
+        with Context(case.model, threads=1, **SHAPE) as src, Context(case.model, threads=1, **SHAPE) as dst:
             for _ in range(10):
                 got.append(job(src, dst))
                 src.clear()
@@ -219,7 +221,7 @@ def test_threads_do_not_disturb_each_other(models: Callable[[str], tuple[Model, 
     got = [result for worker in workers for result in worker.result()]
     assert len(got) == 40
     for result in got:
-        same(result, fresh(path, False, None))
+        same(result, fresh(case.path, False, None))
 
 
 def main(path: str, unified: str, adapter: str) -> None:

@@ -1,11 +1,9 @@
 """The join, cell by cell: placement, contents, refusals, and that nothing else changes."""
 
 import ctypes
-import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -14,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.caches import EPSILON, fill, hadamard, kl, quantisation_steps, read, rotate, round_to
-from support.tiny import HEAD_DIM, write_model
+from support.tiny import HEAD_DIM, TinyModel
 
 from pyps.engine.context import Context, Token
 from pyps.engine.join import Span, join
@@ -25,12 +23,11 @@ from pyps.errors import EngineError, InputError, RefusedError
 N_LAYERS = 4
 
 
-@pytest.fixture(params=["a graph a layer", "together"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to compute a join, whatever device this is: a graph a layer, as on a CPU; all spans and layers at once,
-    as on a GPU."""
-    together = request.param == "together"
-    monkeypatch.setattr("test_join.join", functools.partial(join, together=together))
+both_ways = pytest.mark.parametrize(
+    "together", [pytest.param(False, id="a graph a layer"), pytest.param(True, id="together")]
+)
+"""Both ways to compute a join, whatever device this is: a graph a layer, as on a CPU; all spans and layers at once, as
+on a GPU."""
 
 
 @dataclass
@@ -78,13 +75,13 @@ def assert_holds(
     ctx: Context, seq: int, layer: int, kv_type: str, parts: list[tuple[np.ndarray, np.ndarray, int]]
 ) -> None:
     """The sequence holds exactly these parts (K, V, first position), each value within one rounding of the type."""
-    found = read(ctx, seq, layer, kv_type)
-    order = np.argsort(found.rows)  # placed side by side, in the order given
+    cells = read(ctx, seq, layer, kv_type)
+    order = np.argsort(cells.rows)  # placed side by side, in the order given
     positions = np.concatenate([to + np.arange(len(k)) for k, _, to in parts])
-    assert (found.positions[order] == positions).all()
+    assert (cells.positions[order] == positions).all()
     for name, got, want in (
-        ("K", found.k[order], np.concatenate([p[0] for p in parts])),
-        ("V", found.v[order], np.concatenate([p[1] for p in parts])),
+        ("K", cells.k[order], np.concatenate([p[0] for p in parts])),
+        ("V", cells.v[order], np.concatenate([p[1] for p in parts])),
     ):
         # RoPE in float32 loses a little more than the storing: relative to the row's size
         bound = 1.01 * EPSILON[kv_type] * np.abs(want) + 2e-6 * np.abs(want).max(axis=1, keepdims=True)
@@ -92,11 +89,11 @@ def assert_holds(
 
 
 @pytest.mark.parametrize("pair", CASES, indirect=True)
-@pytest.mark.usefixtures("way")
-def test_without_rotation_and_mapper_every_bit_is_copied(pair: Pair) -> None:
+@both_ways
+def test_without_rotation_and_mapper_every_bit_is_copied(pair: Pair, together: bool) -> None:
     before = [[read(pair.src, seq, layer) for layer in range(N_LAYERS)] for seq in range(3)]
     fill(pair.dst, 1, 20, seed=9)  # the destination is in use
-    placed = join(pair.src, pair.dst, [Span(0, 5, 40, 5), Span(1, 0, 30, 0), Span(2, 7, 33, 7)], 0)
+    placed = join(pair.src, pair.dst, [Span(0, 5, 40, 5), Span(1, 0, 30, 0), Span(2, 7, 33, 7)], together=together)
     assert placed == 35 + 30 + 26
     assert pair.dst.end(0) == 40
     for layer in range(N_LAYERS):
@@ -106,10 +103,10 @@ def test_without_rotation_and_mapper_every_bit_is_copied(pair: Pair) -> None:
         want_v = np.concatenate(
             [before[0][layer].v_bytes[5:40], before[1][layer].v_bytes[:30], before[2][layer].v_bytes[7:33]]
         )
-        found = read(pair.dst, 0, layer)
-        order = np.argsort(found.rows)
-        assert (found.k_bytes[order] == want_k).all()
-        assert (found.v_bytes[order] == want_v).all()
+        cells = read(pair.dst, 0, layer)
+        order = np.argsort(cells.rows)
+        assert (cells.k_bytes[order] == want_k).all()
+        assert (cells.v_bytes[order] == want_v).all()
         for seq in range(3):
             after = read(pair.src, seq, layer)
             assert (after.k_bytes == before[seq][layer].k_bytes).all(), "the source has changed"
@@ -117,11 +114,11 @@ def test_without_rotation_and_mapper_every_bit_is_copied(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("pair", CASES, indirect=True)
-@pytest.mark.usefixtures("way")
-def test_contents_after_rotation_and_mapping(pair: Pair) -> None:
+@both_ways
+def test_contents_after_rotation_and_mapping(pair: Pair, together: bool) -> None:
     affine = np.random.default_rng(3).uniform(-0.1, 0.1, (2, N_LAYERS, 4)).astype(np.float32)
     affine[..., [0, 2]] += 1
-    join(pair.src, pair.dst, [Span(0, 10, 40, 3), Span(2, 0, 25, 12)], 1, affine)
+    join(pair.src, pair.dst, [Span(0, 10, 40, 3), Span(2, 0, 25, 12)], 1, affine, together=together)
     for layer in range(N_LAYERS):
         parts = []
         for i, (seq, start, end, to) in enumerate([(0, 10, 40, 3), (2, 0, 25, 12)]):
@@ -168,10 +165,12 @@ def _scaling(arch: str, kind: str | None, original: int) -> dict[str, Any]:
         pytest.param("gpt-oss", _scaling("gpt-oss", "yarn", 128), id="gpt-oss"),
     ],
 )
-def test_a_moved_span_is_what_llama_cpp_computes_there(tmp_path: Path, arch: str, changes: dict[str, Any]) -> None:
+def test_a_moved_span_is_what_llama_cpp_computes_there(
+    tiny_model: TinyModel, arch: str, changes: dict[str, Any]
+) -> None:
     """In the first layer K and V depend on token and position only: moved to p, they must equal the same tokens
     decoded at p."""
-    model = Model.load(write_model(tmp_path / "m.gguf", arch, **changes))
+    model = tiny_model(arch, **changes)
     with Context(model, 256, 2, kv_type="f32") as src, Context(model, 256, 2, kv_type="f32") as dst:
         tokens = fill(src, 0, 60)
         fill(dst, 0, 7, seed=5)
@@ -181,12 +180,11 @@ def test_a_moved_span_is_what_llama_cpp_computes_there(tmp_path: Path, arch: str
         assert np.abs(want.k[7:] - read(src, 0, 0, "f32").k[20:]).max() > 0.1, "the move turns them"
         np.testing.assert_allclose(got.k, want.k[7:], rtol=0, atol=2e-5 * np.abs(want.k).max())
         assert (got.v == want.v[7:]).all()
-    model.close()
 
 
 @pytest.mark.parametrize(("arch", "neox"), [("llama", False), ("qwen2", True), ("qwen3", True), ("smollm3", False)])
-def test_every_layer_is_turned_by_its_own_rope(tmp_path: Path, arch: str, neox: bool) -> None:
-    model = Model.load(write_model(tmp_path / "m.gguf", arch))
+def test_every_layer_is_turned_by_its_own_rope(tiny_model: TinyModel, arch: str, neox: bool) -> None:
+    model = tiny_model(arch)
     with Context(model, 256, kv_type="f32") as src, Context(model, 256, kv_type="f32") as dst:
         fill(src, 0, 60)
         join(src, dst, [Span(0, 20, 60, 7)])
@@ -197,7 +195,6 @@ def test_every_layer_is_turned_by_its_own_rope(tmp_path: Path, arch: str, neox: 
             else:
                 turned = rotate(source.k[20:], -13, HEAD_DIM, 10000.0, neox)
                 np.testing.assert_allclose(got.k, turned, rtol=0, atol=2e-5 * np.abs(turned).max())
-    model.close()
 
 
 # every sixth layer sees everything and has a RoPE base of its own; the others see the last 32 positions
@@ -205,10 +202,8 @@ GEMMA3: dict[str, Any] = {"arch": "gemma3", "n_layers": 7, "gemma3__rope__freq_b
 
 
 @pytest.fixture(scope="module")
-def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    model = Model.load(write_model(tmp_path_factory.mktemp("gemma3") / "m.gguf", **GEMMA3))
-    yield model
-    model.close()
+def gemma3(tiny_model: TinyModel) -> Model:
+    return tiny_model(**GEMMA3)
 
 
 def test_both_caches_of_a_sliding_window_model(gemma3: Model) -> None:
@@ -222,8 +217,8 @@ def test_both_caches_of_a_sliding_window_model(gemma3: Model) -> None:
         assert dst.end(0) == 89
         for layer in range(7):
             base = 500000.0 if layer == 5 else 10000.0
-            found = read(dst, 0, layer, "f32")
-            order = np.argsort(found.rows)[9:]
+            cells = read(dst, 0, layer, "f32")
+            order = np.argsort(cells.rows)[9:]
             parts = []
             for i, (seq, start, end) in enumerate([(0, 20, 100), (1, 10, 60)]):
                 source = read(src, seq, layer, "f32")
@@ -231,8 +226,8 @@ def test_both_caches_of_a_sliding_window_model(gemma3: Model) -> None:
                 turned = rotate(source.k[start:end], 9 - start, HEAD_DIM, base, neox=True)
                 parts.append((a_k * turned + b_k, a_v * source.v[start:end] + b_v))
             want_k, want_v = (np.concatenate([p[j] for p in parts]) for j in (0, 1))
-            np.testing.assert_allclose(found.k[order], want_k, rtol=0, atol=2e-5 * np.abs(want_k).max())
-            np.testing.assert_allclose(found.v[order], want_v, rtol=0, atol=1e-6)
+            np.testing.assert_allclose(cells.k[order], want_k, rtol=0, atol=2e-5 * np.abs(want_k).max())
+            np.testing.assert_allclose(cells.v[order], want_v, rtol=0, atol=1e-6)
 
 
 def test_a_joined_sequence_goes_on_like_the_original(gemma3: Model, tiny: Model) -> None:
@@ -417,12 +412,12 @@ def test_any_joins_do_what_the_model_says(
     for seq in range(2):
         assert world.dst.end(seq) == max((p for p, _, _ in model[seq]), default=-1) + 1
         for layer in range(N_LAYERS):
-            found = read(world.dst, seq, layer, "f32")
-            order = np.argsort(found.rows)
-            assert found.positions[order].tolist() == [p for p, _, _ in model[seq]]
+            joined = read(world.dst, seq, layer, "f32")
+            order = np.argsort(joined.rows)
+            assert joined.positions[order].tolist() == [p for p, _, _ in model[seq]]
             if model[seq]:
-                np.testing.assert_allclose(found.k[order], [k[layer] for _, k, _ in model[seq]], rtol=0, atol=2e-4)
-                np.testing.assert_allclose(found.v[order], [v[layer] for _, _, v in model[seq]], rtol=0, atol=1e-5)
+                np.testing.assert_allclose(joined.k[order], [k[layer] for _, k, _ in model[seq]], rtol=0, atol=2e-4)
+                np.testing.assert_allclose(joined.v[order], [v[layer] for _, _, v in model[seq]], rtol=0, atol=1e-5)
     for seq in range(3):
         for layer in range(N_LAYERS):
             assert (read(world.src, seq, layer).k_bytes == world.source[seq][layer].k_bytes).all()
@@ -438,15 +433,15 @@ def test_scattered_free_cells_are_filled(tiny: Model) -> None:
         ):
             for pos in range(128):
                 dst.decode([Token(pos, pos, 0), Token(pos + 1, pos, 1)])
-            kept = read(dst, 0, 2)
+            before = read(dst, 0, 2)
             dst.remove(1)
             join(src, dst, [Span(0, 0, 40, 0), Span(1, 0, 45, 0)], 1)
-            found, first, second = read(dst, 1, 2), read(src, 0, 2), read(src, 1, 2)
-            order = np.argsort(found.rows)
-            assert (np.diff(np.sort(found.rows)) > 1).any()
-            assert (found.k_bytes[order] == np.concatenate([first.k_bytes, second.k_bytes])).all()
-            assert (found.v_bytes[order] == np.concatenate([first.v_bytes, second.v_bytes])).all()
-            assert (read(dst, 0, 2).v_bytes == kept.v_bytes).all()
+            cells, first, second = read(dst, 1, 2), read(src, 0, 2), read(src, 1, 2)
+            order = np.argsort(cells.rows)
+            assert (np.diff(np.sort(cells.rows)) > 1).any()
+            assert (cells.k_bytes[order] == np.concatenate([first.k_bytes, second.k_bytes])).all()
+            assert (cells.v_bytes[order] == np.concatenate([first.v_bytes, second.v_bytes])).all()
+            assert (read(dst, 0, 2).v_bytes == before.v_bytes).all()
 
 
 def test_between_decodes_of_one_shape_nothing_is_disturbed(tiny: Model) -> None:
@@ -483,15 +478,15 @@ def test_an_aborted_join_leaves_the_destination_as_it_was(tiny: Model, flash_att
     """Aborted by llama.cpp's own means, at the beginning, in the middle and at the end of its computation."""
     # left in free cells, a NaN would spread: attention multiplies them by zero
     poison = np.full((1, N_LAYERS, 4), np.nan, np.float32)
-    asked = total = 0
+    calls = total = 0
     limit: float = np.inf
 
-    @llama_cpp.ggml_abort_callback
-    def abort(_: int) -> bool:
-        nonlocal asked
-        asked += 1
-        return asked > limit
+    def after_limit(_: int) -> bool:
+        nonlocal calls
+        calls += 1
+        return calls > limit
 
+    abort = llama_cpp.ggml_abort_callback(after_limit)
     for share in (None, 0, 0.5, 0.95):  # the first one counts, and is not aborted
         with (
             make_source(tiny, kv_type="f16", flash_attn=flash_attn, unified=False) as src,
@@ -500,11 +495,11 @@ def test_an_aborted_join_leaves_the_destination_as_it_was(tiny: Model, flash_att
             fill(dst, 0, 10)
             before = read(dst, 0, 0)
             limit = np.inf if share is None else share * total
-            asked = 0
+            calls = 0
             llama_cpp.llama_set_abort_callback(dst.pointer, abort, None)
             if share is None:
                 join(src, dst, [Span(0, 0, 40, 10)], 0, poison)
-                total = asked
+                total = calls
                 continue
             with pytest.raises(EngineError, match="as it was"):
                 join(src, dst, [Span(0, 0, 40, 10)], 0, poison)
@@ -517,7 +512,7 @@ def test_an_aborted_join_leaves_the_destination_as_it_was(tiny: Model, flash_att
             assert dst.end(0) == 53
 
 
-def test_what_cannot_be_joined_is_refused(tmp_path: Path, tiny: Model) -> None:
+def test_what_cannot_be_joined_is_refused(tiny_model: TinyModel, tiny: Model) -> None:
     with Context(tiny, 256, 2) as src, Context(tiny, 256) as dst:
         fill(src, 0, 20)
         cases = [
@@ -547,10 +542,8 @@ def test_what_cannot_be_joined_is_refused(tmp_path: Path, tiny: Model) -> None:
             join(src, dst, [Span(0, 0, 20, 0)])
         assert dst.end(0) == 0
 
-        other = Model.load(write_model(tmp_path / "other.gguf"))
-        with Context(other, 256) as elsewhere, pytest.raises(InputError, match="different models"):
+        with Context(tiny_model(), 256) as elsewhere, pytest.raises(InputError, match="different models"):
             join(src, elsewhere, [Span(0, 0, 5, 0)])
-        other.close()
     with pytest.raises(InputError, match="closed"):
         join(src, dst, [Span(0, 0, 5, 0)])
 
@@ -570,8 +563,8 @@ def test_what_cannot_be_joined_is_refused(tmp_path: Path, tiny: Model) -> None:
         ("llama4", "cut into chunks"),
     ],
 )
-def test_models_that_cannot_be_joined_are_refused_by_name(tmp_path: Path, arch: str, reason: str) -> None:
-    model = Model.load(write_model(tmp_path / "m.gguf", arch))
+def test_models_that_cannot_be_joined_are_refused_by_name(tiny_model: TinyModel, arch: str, reason: str) -> None:
+    model = tiny_model(arch)
     with pytest.raises(RefusedError, match=f"'{arch}'.*{reason}"):
         check_joinable(model)
     if arch in ("bert", "llada"):
@@ -582,22 +575,19 @@ def test_models_that_cannot_be_joined_are_refused_by_name(tmp_path: Path, arch: 
             fill(ctx, 0, 10)
             with pytest.raises(RefusedError, match=f"'{arch}'"):
                 join(ctx, ctx, [Span(0, 0, 5, 0)], 1)
-    model.close()
 
 
 @pytest.mark.parametrize(
     ("arch", "rotated"), [("llama", "1111"), ("smollm3", "1110"), ("gemma", "1111"), ("gemma3", "1111")]
 )
-def test_which_layers_have_positions_is_found_by_trying(tmp_path: Path, arch: str, rotated: str) -> None:
-    model = Model.load(write_model(tmp_path / "m.gguf", arch))
+def test_which_layers_have_positions_is_found_by_trying(tiny_model: TinyModel, arch: str, rotated: str) -> None:
+    model = tiny_model(arch)
     assert "".join(str(int(r)) for r in rotated_layers(model)) == rotated
-    model.close()
 
 
-def test_long_rope_does_not_mix(tmp_path: Path) -> None:
+def test_long_rope_does_not_mix(tiny_model: TinyModel) -> None:
     """Phi 3's keys in contexts below and above its original length are turned by different factors."""
-    path = write_model(tmp_path / "m.gguf", "phi3", long_rope=True, phi3__rope__scaling__original_context_length=512)
-    model = Model.load(path)
+    model = tiny_model("phi3", long_rope=True, phi3__rope__scaling__original_context_length=512)
     with Context(model, 512) as short, Context(model, 768, 2) as long, Context(model, 1024) as longer:
         fill(short, 0, 20)
         fill(long, 0, 20)
@@ -605,54 +595,56 @@ def test_long_rope_does_not_mix(tmp_path: Path) -> None:
             join(short, long, [Span(0, 0, 20, 0)], 1)
         assert long.end(1) == 0
         assert join(long, longer, [Span(0, 0, 20, 0)]) == 20
-    model.close()
 
 
-def test_contexts_that_encode_positions_differently_are_refused(tiny: Model) -> None:
-    params = llama_cpp.llama_context_default_params()
-    params.n_ctx, params.n_seq_max, params.rope_freq_base, params.flash_attn_type = 256, 1, 500000.0, 0
-    with Context(tiny, 256) as src, Context(tiny, 256) as dst:
+def test_contexts_that_encode_positions_differently_are_refused(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_another_base() -> llama_cpp.llama_context_params:
+        params = llama_cpp.llama_context_params.from_buffer_copy(defaults)
+        params.rope_freq_base = 500000.0
+        return params
+
+    defaults = llama_cpp.llama_context_default_params()
+    with Context(tiny, 256) as src:
         fill(src, 0, 10)
-        own, dst._pointer = dst._pointer, llama_cpp.llama_init_from_model(tiny.pointer, params)
-        with pytest.raises(InputError, match="encode positions differently"):
+        monkeypatch.setattr(llama_cpp, "llama_context_default_params", with_another_base)
+        with Context(tiny, 256) as dst, pytest.raises(InputError, match="encode positions differently"):
             join(src, dst, [Span(0, 0, 5, 0)])
-        llama_cpp.llama_free(own)
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+def wide(tiny_model: TinyModel) -> Model:
     """Heads of 128 channels: llama.cpp rotates quantised K in blocks of 128, and V in blocks of 64."""
-    model = Model.load(write_model(tmp_path_factory.mktemp("wide") / "m.gguf", head_dim=128))
-    yield model
-    model.close()
+    return tiny_model(head_dim=128)
 
 
-@pytest.mark.usefixtures("way")
+@both_ways
 @pytest.mark.parametrize("unified", [False, True])
 @pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])
-def test_quantised_caches_keep_every_bit_without_rotation_and_mapper(wide: Model, kv_type: str, unified: bool) -> None:
+def test_quantised_caches_keep_every_bit_without_rotation_and_mapper(
+    wide: Model, kv_type: str, unified: bool, together: bool
+) -> None:
     with (
         make_source(wide, kv_type=kv_type, flash_attn=True, unified=unified) as src,
         Context(wide, 512, kv_type=kv_type, flash_attn=True) as dst,
     ):
-        join(src, dst, [Span(0, 5, 40, 5), Span(1, 0, 30, 0)])
+        join(src, dst, [Span(0, 5, 40, 5), Span(1, 0, 30, 0)], together=together)
         for layer in range(N_LAYERS):
-            first, second, found = (
+            first, second, cells = (
                 read(src, 0, layer, kv_type),
                 read(src, 1, layer, kv_type),
                 read(dst, 0, layer, kv_type),
             )
-            order = np.argsort(found.rows)
-            assert (found.k_bytes[order] == np.concatenate([first.k_bytes[5:40], second.k_bytes[:30]])).all()
-            assert (found.v_bytes[order] == np.concatenate([first.v_bytes[5:40], second.v_bytes[:30]])).all()
+            order = np.argsort(cells.rows)
+            assert (cells.k_bytes[order] == np.concatenate([first.k_bytes[5:40], second.k_bytes[:30]])).all()
+            assert (cells.v_bytes[order] == np.concatenate([first.v_bytes[5:40], second.v_bytes[:30]])).all()
 
 
-@pytest.mark.usefixtures("way")
+@both_ways
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize(
     ("src_type", "dst_type"), [("q8_0", "q8_0"), ("q4_0", "q4_0"), ("q8_0", "f32"), ("f16", "q8_0"), ("q4_0", "q8_0")]
 )
-def test_contents_of_quantised_caches(wide: Model, src_type: str, dst_type: str, mapped: bool) -> None:
+def test_contents_of_quantised_caches(wide: Model, src_type: str, dst_type: str, mapped: bool, together: bool) -> None:
     """Out of the Hadamard domain, turned and mapped, and back: within one quantisation step of what it should be."""
 
     def plain(values: np.ndarray, kv_type: str, block: int) -> np.ndarray:
@@ -666,10 +658,10 @@ def test_contents_of_quantised_caches(wide: Model, src_type: str, dst_type: str,
         make_source(wide, kv_type=src_type, flash_attn=True, unified=False) as src,
         Context(wide, 256, kv_type=dst_type, flash_attn=True) as dst,
     ):
-        join(src, dst, spans, 0, affine if mapped else None)
+        join(src, dst, spans, 0, affine if mapped else None, together=together)
         for layer in range(N_LAYERS):
-            found = read(dst, 0, layer, dst_type)
-            order = np.argsort(found.rows)
+            cells = read(dst, 0, layer, dst_type)
+            order = np.argsort(cells.rows)
             want_k, want_v = [], []
             for span, (a_k, b_k, a_v, b_v) in zip(spans, affine[:, layer], strict=True):
                 source = read(src, span.seq, layer, src_type)
@@ -678,8 +670,8 @@ def test_contents_of_quantised_caches(wide: Model, src_type: str, dst_type: str,
                 want_k.append(a_k * rotate(k, span.to - span.start, 128, 10000.0, neox=False) + b_k)
                 want_v.append(a_v * v + b_v)
             for want, got, block in (
-                (np.concatenate(want_k), found.k[order], 128),
-                (np.concatenate(want_v), found.v[order], 64),
+                (np.concatenate(want_k), cells.k[order], 128),
+                (np.concatenate(want_v), cells.v[order], 64),
             ):
                 if dst_type == "f32":
                     np.testing.assert_allclose(got, want, rtol=0, atol=5e-6 * np.abs(want).max())

@@ -1,9 +1,7 @@
 """Prompt layouts, down to the text that the tokens stand for."""
 
-from pathlib import Path
-
 import pytest
-from support.tiny import write_model
+from support.tiny import TinyModel
 
 from pyps.engine.model import Model
 from pyps.errors import InputError
@@ -54,29 +52,27 @@ def test_a_model_without_a_template_gets_chatml(tiny: Model) -> None:
     [
         # no system role: it goes to the head of the user's turn
         (
-            "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-            "{{ bos_token }}<user>{{ messages[0].content | trim }}<end>",
+            (
+                "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+                "{{ bos_token }}<user>{{ messages[0].content | trim }}<end>"
+            ),
             "<|endoftext|><user>Be brief.\n\nHi",
         ),
         ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]", "[system]Be brief.[user]Hi"),
     ],
 )
-def test_other_templates(tmp_path: Path, template: str, prefix: str) -> None:
-    model = Model.load(
-        write_model(tmp_path / "m.gguf", tokenizer__chat_template=template, tokenizer__ggml__add_bos_token=True)
-    )
+def test_other_templates(tiny_model: TinyModel, template: str, prefix: str) -> None:
+    model = tiny_model(tokenizer__chat_template=template, tokenizer__ggml__add_bos_token=True)
     prompts = Layout(model, "shared", "Hi", "Be brief.", "Go.").prompts([""])
     assert text(model, prompts.prefix).removeprefix("<|endoftext|>") == prefix.removeprefix("<|endoftext|>")
     assert text(model, prompts.prefix).count("<|endoftext|>") == 1, "one start of text, whoever puts it there"
-    model.close()
 
 
 @pytest.mark.parametrize("template", ["{{ nonsense(", "constant", "{{ messages[0].content }}{{ messages[0].content }}"])
-def test_templates_that_cannot_be_used_are_refused(tmp_path: Path, template: str) -> None:
-    model = Model.load(write_model(tmp_path / "m.gguf", tokenizer__chat_template=template))
+def test_templates_that_cannot_be_used_are_refused(tiny_model: TinyModel, template: str) -> None:
+    model = tiny_model(tokenizer__chat_template=template)
     with pytest.raises(InputError, match="chat template"):
         Layout(model, "shared", "Hi", None, "Go.")
-    model.close()
 
 
 def test_refused(smollm2: Model) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import pytest
@@ -13,8 +14,8 @@ from support.tiny import write_adapter, write_model
 from pyps import ForkJoin
 from pyps.adapters.adapter import Adapter
 from pyps.engine.context import Context
-from pyps.engine.model import Model
-from pyps.errors import InputError
+from pyps.engine.model import Closeable, Model
+from pyps.errors import InputError, MachineError
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -32,6 +33,13 @@ def test_a_model_cut_off_anywhere_ends_in_our_exception(tmp_path: Path, tiny_pat
 def test_any_text_survives_tokens(tiny: Model, text: str) -> None:
     tokens = tiny.tokenize(text)
     assert b"".join(tiny.piece(t, special=True) for t in tokens) == text.encode()
+
+
+def test_the_text_of_tokens(tiny: Model) -> None:
+    tokens = tiny.tokenize("Zoë<|im_end|>")
+    assert tiny.text(tokens) == "Zoë"
+    assert tiny.text([]) == ""
+    assert tiny.text(tokens[:3]) == "Zo\ufffd", "the vocabulary is bytes: half a letter is left"
 
 
 def test_text_that_is_not_unicode_does_not_reach_llama_cpp(tiny: Model) -> None:
@@ -61,7 +69,7 @@ def test_closing_in_any_order(tiny_path: Path, tmp_path: Path) -> None:
         model = Model.load(tiny_path)
         adapter = Adapter(path, model)
         context = context_with(adapter, model, 256)
-        parts = {"model": model, "adapter": adapter, "context": context}
+        parts: dict[str, Closeable] = {"model": model, "adapter": adapter, "context": context}
         for name in order:
             parts[name].close()
         with pytest.raises(InputError, match="closed"):
@@ -126,17 +134,18 @@ def test_contexts_that_cannot_be(tiny: Model) -> None:
     ],
 )
 def test_files_on_which_llama_cpp_aborts(tmp_path: Path, arch: str, key: str, value: int, words: str) -> None:
-    path = write_model(tmp_path / "m.gguf", arch, **{key: value})
+    metadata: dict[str, Any] = {key: value}
+    path = write_model(tmp_path / "m.gguf", arch, **metadata)
     with pytest.raises(InputError, match=f"m.gguf: the file is damaged: .*{words}"):
         Model.load(path)
 
 
-def test_a_trial_that_the_system_kills_is_not_called_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_that_the_system_kills_is_the_machines_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killed = tmp_path / "killed"
     killed.write_text("#!/bin/sh\nkill -9 $$\n")
     killed.chmod(0o755)
     monkeypatch.setattr("pyps.engine.trial._PROGRAM", killed)
-    with pytest.raises(InputError, match="the system killed a trial with it, for want of memory"):
+    with pytest.raises(MachineError, match="the system killed a trial with it, for want of memory"):
         Model.load(write_model(tmp_path / "m.gguf"))
 
 

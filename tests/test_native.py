@@ -5,11 +5,11 @@ import importlib
 import llama_cpp
 import pytest
 
-from pyps.engine import _native, native
+from pyps.engine import native
 
 
 def test_versions_agree() -> None:
-    assert _native.llama_cpp_version == llama_cpp.__version__
+    assert native.llama_cpp_version == llama_cpp.__version__
 
 
 def test_another_version_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

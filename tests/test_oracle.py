@@ -9,6 +9,7 @@ combinations; `make exact` runs all, and writes the distances to docs/exactness.
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ import numpy as np
 import pytest
 from support.caches import kl
 from support.contexts import context_with
+from support.exactness import Distance, Record
 from support.oracle import Oracle
 from support.tiny import mapper_metadata, write_adapter, write_model
 
 from pyps.adapters.adapter import Adapter
-from pyps.adapters.mapper import Mapper
+from pyps.adapters.format import read_mapper
 from pyps.engine.context import Context, Token, needs_flash_attn
 from pyps.engine.find import find_model, requantise
 from pyps.engine.join import Span, join
@@ -76,15 +78,6 @@ FLOOR = 1e-5  # float32 angles and sums: the part of the error that no cache typ
 
 
 @dataclass(frozen=True)
-class Distance:
-    """Between the logits [tokens, vocab] of two computations: root mean square and largest difference, and mean KL."""
-
-    rms: float
-    worst: float
-    kl: float
-
-
-@dataclass(frozen=True)
 class Case:
     model: str
     kv_type: str
@@ -109,7 +102,7 @@ def all_cases() -> Iterator[Any]:
     for (kv_type, models), flash_attn in itertools.product(KV_TYPES.items(), (False, True)):
         if needs_flash_attn(kv_type) and not flash_attn:
             continue
-        for model, *flags in itertools.product(models, *[(False, True)] * 5):
+        for model, flags in itertools.product(models, itertools.product((False, True), repeat=5)):
             case = Case(model, kv_type, flash_attn, *flags)
             yield pytest.param(case, id=str(case), marks=[] if case.representative else pytest.mark.exact)
         for flags in itertools.product((False, True), repeat=5):
@@ -138,7 +131,7 @@ class Twin:
         self.adapter = Adapter(adapter, self.model)
         self.oracle = Oracle(path, adapter)
         # a real model gets a mapper that moves K and V by a few percent, as a trained one does
-        self.mapper = Mapper.from_metadata(mapper_metadata(4, scale=0.02 if name == "smollm2" else 0.1))
+        self.mapper = read_mapper(mapper_metadata(4, scale=0.02 if name == "smollm2" else 0.1))
         # a real model is given text, not noise
         self._text = self.model.tokenize(_README.read_text()) if name == "smollm2" else None
 
@@ -165,8 +158,10 @@ class Twin:
                         if pos >= 66:
                             got[seq].append(ctx.logits(i))
                 start += size
-        found = [distance(np.stack(g), self.oracle.plain(t, lora)[66:]) for g, t in zip(got, sequences, strict=True)]
-        return Distance(max(d.rms for d in found), max(d.worst for d in found), max(d.kl for d in found))
+        distances = [
+            distance(np.stack(g), self.oracle.plain(t, lora)[66:]) for g, t in zip(got, sequences, strict=True)
+        ]
+        return Distance(max(d.rms for d in distances), max(d.worst for d in distances), max(d.kl for d in distances))
 
     @functools.cache  # noqa: B019
     def reference(self, prefix: bool, equal: bool, mapped: bool, lora: bool, more: tuple[int, ...]) -> np.ndarray:
@@ -211,7 +206,7 @@ def distance(got: np.ndarray, want: np.ndarray) -> Distance:
 def run(twin: Twin, case: Case) -> tuple[np.ndarray, tuple[int, ...]]:
     """The runtime's logits of the question and of twenty greedy tokens, and those tokens."""
     job = Job(twin, case.prefix, case.equal)
-    layout = {"kv_type": case.kv_type, "flash_attn": case.flash_attn, "unified": case.unified}
+    layout: dict[str, Any] = {"kv_type": case.kv_type, "flash_attn": case.flash_attn, "unified": case.unified}
     adapter = twin.adapter if case.lora else None
     with (
         Context(twin.model, 512, 4, **layout) as branches,
@@ -240,23 +235,31 @@ def run(twin: Twin, case: Case) -> tuple[np.ndarray, tuple[int, ...]]:
 
 
 @pytest.fixture(scope="session")
-def twins(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Twin]:
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Twin]]:
     folder = tmp_path_factory.mktemp("twins")
-    return functools.cache(lambda name: Twin(name, folder))
+    with ExitStack() as stack:
+
+        @functools.cache
+        def make(name: str) -> Twin:
+            twin = Twin(name, folder)
+            stack.callback(twin.model.close)
+            return twin
+
+        yield make
 
 
 @pytest.mark.parametrize("case", list(all_cases()))
 def test_the_runtime_computes_what_the_oracle_computes(
-    twins: Callable[[str], Twin], case: Case, exactness: list[tuple[Case, Distance, Distance]]
+    twins: Callable[[str], Twin], case: Case, exactness: list[Record]
 ) -> None:
     twin = twins(case.model)
     got, chosen = run(twin, case)
     want = twin.reference(case.prefix, case.equal, case.mapped, case.lora, chosen)
-    found, plain = distance(got, want), twin.error_without_join(case.kv_type, case.flash_attn, case.lora)
-    exactness.append((case, found, plain))
-    assert found.rms <= 2 * plain.rms + FLOOR
-    assert found.worst <= 4 * plain.worst + FLOOR  # one value's luck
-    assert found.kl <= 4 * plain.kl + FLOOR**2  # which goes with the square of the error
+    joined, plain = distance(got, want), twin.error_without_join(case.kv_type, case.flash_attn, case.lora)
+    exactness.append(Record(case.model, case.kv_type, case.flash_attn, case.lora, joined, plain))
+    assert joined.rms <= 2 * plain.rms + FLOOR
+    assert joined.worst <= 4 * plain.worst + FLOOR  # one value's luck
+    assert joined.kl <= 4 * plain.kl + FLOOR**2  # which goes with the square of the error
     # each greedy token is the oracle's, or as good as it within the error
     margin = want[len(want) - 21 : -1].max(axis=1) - want[range(len(want) - 21, len(want) - 1), chosen]
-    assert (margin <= 2 * found.worst).all()
+    assert (margin <= 2 * joined.worst).all()

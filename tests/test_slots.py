@@ -1,9 +1,10 @@
-"""Branches that are kept, in memory and in files, and joined later."""
+"""Branches that are kept in memory or in files, and joined later."""
 
 import hashlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -50,8 +51,8 @@ def test_a_file_joins_as_the_branches_themselves_do(smollm2_path: Path, tmp_path
         "    print(result.answer, end='')\n"
     )
     arguments = [sys.executable, "-c", program, str(smollm2_path), kv_type, str(path), TASK]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    assert done.stdout == result.answer
+    process = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert process.stdout == result.answer
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_old_and_new_branches_in_one_answer(tiny_path: Path, saved: Path) -> Non
             fj.run(TASK, join=new, sampling=LONG)
 
 
-def test_one_after_the_other_is_as_at_once(tiny_path: Path) -> None:
+def test_sequential_runs_equal_one_run(tiny_path: Path) -> None:
     """Joined from three contexts or from one: the same cells."""
     with ForkJoin.from_pretrained(str(tiny_path)) as fj:
         at_once = fj.run(TASK, BRANCHES, sampling=LONG)
@@ -134,8 +135,8 @@ def test_a_tree(tiny_path: Path) -> None:
     """Four branches, two synthesizers, one: the answers' own caches are what is joined."""
     with ForkJoin.from_pretrained(str(tiny_path)) as fj:
         halves = [fj.run(TASK, pair, sampling=LONG, keep=True) for pair in (["a", "b"], ["c", "d"])]
-        kept = [half.kept for half in halves if half.kept]
-        top = fj.run(TASK, join=kept, sampling=LONG)
+        answers = [half.kept for half in halves if half.kept]
+        top = fj.run(TASK, join=answers, sampling=LONG)
         assert [b.text for b in top.branches] == [half.answer for half in halves]
         assert top.tokens.joined == 2 * 24
 
@@ -153,6 +154,8 @@ def test_refused(tmp_path: Path, tiny_path: Path, saved: Path) -> None:
             fj.run(TASK, BRANCHES, save=tmp_path / "nowhere" / "x.pyps")
         with pytest.raises(InputError, match="is a folder"):
             fj.run(TASK, BRANCHES, save=tmp_path)
+        with twin.load(saved) as branches, pytest.raises(InputError, match="no folder"):
+            twin.save(tmp_path / "nowhere" / "x.pyps", branches)
         with pytest.raises(InputError, match="no branches to save"):
             fj.save(tmp_path / "x.pyps", [])
         with pytest.raises(InputError, match="use them with mode 'cache'"):
@@ -164,7 +167,7 @@ def test_refused(tmp_path: Path, tiny_path: Path, saved: Path) -> None:
         read_slots(tmp_path / "nowhere.pyps")
     with pytest.raises(InputError, match="hash"):
         read_slots(tiny_path)
-    assert not list(tmp_path.glob("*.part"))
+    assert list(tmp_path.iterdir()) == [other], "nothing is left behind"
 
 
 def test_a_full_disk_leaves_no_file(tmp_path: Path, tiny_path: Path) -> None:
@@ -175,10 +178,11 @@ def test_a_full_disk_leaves_no_file(tmp_path: Path, tiny_path: Path) -> None:
         "    fj.save(sys.argv[2], branches)\n"
     )
     arguments = [sys.executable, "-c", program, str(tiny_path), str(tmp_path / "x.pyps")]
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    assert "InputError" in done.stderr
-    assert "cannot be written (is the disk full?)" in done.stderr
-    assert not list(tmp_path.glob("x.pyps*"))
+    process = subprocess.run(arguments, capture_output=True, text=True)
+    assert "MachineError" in process.stderr
+    # NumPy's error has no reason; the system's has. It depends on the branches' lengths which of them is met first.
+    assert re.search(r"/x\.pyps: cannot be written: (is the disk full\?|File too large)", process.stderr)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "bf16", "f32", "q8_0", "q4_0"])
@@ -201,8 +205,8 @@ def test_values_that_no_model_computes(tmp_path: Path, kv_type: str) -> None:
             read_slots(path)
 
 
-def _damaged(data: bytes, rng: random.Random) -> bytes:
-    """Bits turned, bytes set, cut off, or doubled; mostly where the names, types and sizes are."""
+def damage(data: bytes, rng: random.Random) -> bytes:
+    """Return data with bits turned, bytes set, cut off or doubled, mostly where names, types and sizes are."""
     head = data.find(b"blk.0.k") + 600
     body = bytearray(data[:-32])
     for _ in range(rng.randint(1, 3)):
@@ -231,8 +235,8 @@ def test_ten_thousand_damaged_files(tmp_path: Path) -> None:
         fj.run(TASK, ["a", "b"], sampling=replace(LONG, max_tokens=5), save=path)
         data = path.read_bytes()
         for i in range(10_000):
-            body = _damaged(data, rng)
-            # whoever means harm writes the right hash
+            body = damage(data, rng)
+            # an attacker writes the right hash
             path.write_bytes(body + (hashlib.sha256(body).digest() if i % 10 else data[-32:]))
             try:
                 slots = read_slots(path)
@@ -249,14 +253,14 @@ def test_ten_thousand_damaged_files(tmp_path: Path) -> None:
 def test_the_command_line(tmp_path: Path, tiny_path: Path) -> None:
     path, run = tmp_path / "notes.pyps", CliRunner()
     common = ["-m", str(tiny_path), "--max-tokens", "12", "--temperature", "0"]
-    done = run.invoke(main, ["run", TASK, "-b", "a", "-b", "b", "--save", str(path), *common])
-    assert done.exit_code == 0, done.output
-    assert "the branches are kept in" in done.stderr
+    process = run.invoke(main, ["run", TASK, "-b", "a", "-b", "b", "--save", str(path), *common])
+    assert process.exit_code == 0, process.output
+    assert "the branches are kept in" in process.stderr
     shown = run.invoke(main, ["slots", str(path)])
     assert shown.exit_code == 0
     assert shown.stdout.startswith("2 branches of")
-    found = json.loads(run.invoke(main, ["slots", str(path), "--json"]).stdout)
-    assert [b["prompt"] for b in found["branches"]] == ["a", "b"]
+    shown_as_json = json.loads(run.invoke(main, ["slots", str(path), "--json"]).stdout)
+    assert [b["prompt"] for b in shown_as_json["branches"]] == ["a", "b"]
     joined = run.invoke(main, ["run", TASK, "--join", str(path), "-j", str(path), "-b", "c", "--json", *common])
     assert joined.exit_code == 0, joined.output
     assert len(json.loads(joined.stdout)["branches"]) == 5
@@ -268,8 +272,8 @@ def test_the_command_line(tmp_path: Path, tiny_path: Path) -> None:
 
 
 def test_stray_bytes_on_the_command_line(tmp_path: Path, tiny_path: Path) -> None:
-    """What is no Unicode is replaced: in what is saved, in JSON, and in what is printed."""
-    command = [
+    """Bytes that are not Unicode are replaced in what is saved, in JSON, and in what is printed."""
+    command: list[str | bytes] = [
         sys.executable,
         "-m",
         "pyps.cli",
@@ -284,8 +288,8 @@ def test_stray_bytes_on_the_command_line(tmp_path: Path, tiny_path: Path) -> Non
     ]
     path = tmp_path / "x.pyps"
     for more in (["--save", str(path)], ["--json"], []):
-        done = subprocess.run(
+        process = subprocess.run(
             [*command, *more], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
         )
-        assert done.returncode == 0, done.stderr
+        assert process.returncode == 0, process.stderr
     assert read_slots(path).branches[0].prompt == "caf?"

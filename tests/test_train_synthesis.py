@@ -14,8 +14,9 @@ from support.tiny import mapper_metadata, write_adapter, write_model
 from test_oracle import MODELS
 
 from pyps.adapters.adapter import Adapter
+from pyps.adapters.format import AdapterMetadata, read_mapper
 from pyps.adapters.mapper import Mapper
-from pyps.convert.lora import Shape, read_adapter
+from pyps.convert.lora import BaseShape, read_adapter
 from pyps.convert.lora import write_adapter as export
 from pyps.data.tokens import TokenExample
 from pyps.engine.context import Context, Token
@@ -59,15 +60,15 @@ def twin(name: str, folder: Path) -> tuple[Oracle, Synthesis, Path, Path]:
     shape = {key: options[key] for key in ("arch", "n_layers") if key in options}
     adapter = write_adapter(folder / "a.gguf", mapper=mapper_metadata(4), **shape)
     oracle = Oracle(path, adapter)
-    _, lora, alpha = read_adapter(adapter, Shape(options["arch"], oracle.n_layers, 4, 2))
+    metadata, lora = read_adapter(adapter, BaseShape(options["arch"], oracle.n_layers, 4, 2))
     targets = sorted({module.rpartition(".")[2] for module in lora})
-    config = peft.LoraConfig(r=4, lora_alpha=int(alpha), target_modules=targets, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=4, lora_alpha=int(metadata.alpha), target_modules=targets, task_type="CAUSAL_LM")
     model: Any = peft.get_peft_model(Oracle(path, adapter)._base, config)
     for module, (a, b) in lora.items():
         layer = model.get_base_model().get_submodule(module)
         layer.lora_A["default"].weight.data = torch.from_numpy(a.copy())
         layer.lora_B["default"].weight.data = torch.from_numpy(b.copy())
-    mapper = Mapper.from_metadata(mapper_metadata(4))
+    mapper = read_mapper(mapper_metadata(4))
     assert mapper
     return oracle, Synthesis(model, CacheMapper.from_runtime(mapper)), path, adapter
 
@@ -101,7 +102,7 @@ def test_it_computes_what_the_oracle_computes(tmp_path: Path, name: str) -> None
 
 def test_the_mapper_is_the_runtimes() -> None:
     for features in (("length", "num_agents", "layer"), ("length",), ()):
-        mapper = Mapper.from_metadata(mapper_metadata(7, features=features) | {"pyps.mapper.features": list(features)})
+        mapper = read_mapper(mapper_metadata(7, features=features) | {"pyps.mapper.features": list(features)})
         assert mapper
         lengths = [3, 50, 7]
         got = CacheMapper.from_runtime(mapper)(torch.tensor(lengths), torch.tensor([3, 3, 3]), 5)
@@ -151,20 +152,19 @@ def test_an_exported_adapter_does_in_the_runtime_what_was_trained(tmp_path: Path
             pair = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             lora[module] = tuple(w.detach().numpy() for w in pair)
     exported = tmp_path / "exported.gguf"
-    shape = Shape(arch, oracle.n_layers, 4, 2)
-    export(
-        exported,
-        shape,
-        lora,
-        8.0,
-        synthesis.mapper.to_runtime(),
+    shape = BaseShape(arch, oracle.n_layers, 4, 2)
+    metadata = AdapterMetadata(
+        arch=arch,
+        alpha=8.0,
         layout="shared",
+        in_order=False,
+        mapper=synthesis.mapper.to_runtime(),
         base_name="tiny",
         base_fingerprint="",
-        in_order=False,
-        type="f32",
     )
-    assert not list(tmp_path.glob("*.part"))
+    before = set(tmp_path.iterdir())
+    export(exported, shape, lora, metadata, type="f32")
+    assert set(tmp_path.iterdir()) - before == {exported}
 
     model = Model.load(path)
     adapter = Adapter(exported, model)

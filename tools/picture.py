@@ -1,6 +1,6 @@
 """Draws docs/run.svg: the end of a real `pyps run --compare`, as a terminal shows it.
 
-python docs/picture.py
+python tools/picture.py
 """
 
 import io
@@ -41,7 +41,7 @@ def main() -> None:
     paper.print(Text(summary(result), style="bold"))
     svg = paper.export_svg(title="pyps", theme=MONOKAI)
     svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)  # the reader's own fonts, nothing from elsewhere
-    Path(__file__).with_name("run.svg").write_text(svg, encoding="utf-8")
+    (Path(__file__).parent.parent / "docs" / "run.svg").write_text(svg, encoding="utf-8")
 
 
 if __name__ == "__main__":

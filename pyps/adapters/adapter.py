@@ -7,43 +7,39 @@ the file is read and checked here before llama.cpp gets to see it.
 import ctypes
 import weakref
 from pathlib import Path
-from typing import Any
 
 import gguf
 import llama_cpp
 
-from pyps.adapters.format import LAYOUTS
-from pyps.adapters.mapper import Mapper
+from pyps.adapters.format import AdapterMetadata, read_metadata
 from pyps.engine import log
 from pyps.engine.context import Context
 from pyps.engine.gguf_file import open_gguf
 from pyps.engine.model import Model
 from pyps.errors import InputError
 
-_STRING, _FLOAT32 = gguf.GGUFValueType.STRING, gguf.GGUFValueType.FLOAT32
-# what llama_adapter_lora_init reads, with the only type that does not abort the process
-_LLAMA_CPP_KEYS = {
-    "general.type": _STRING,
-    "general.architecture": _STRING,
-    "adapter.type": _STRING,
-    "adapter.lora.alpha": _FLOAT32,
-}
 _LORA_TYPES = {gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0")}
 
 
 class Adapter:
-    """An adapter opened for a model. Closing it closes the contexts it is attached to; closing the model closes it.
+    """An adapter that is opened for a model.
+
+    Closing it closes the contexts that it is attached to; closing the model closes it.
 
     Attributes:
-        path: the file.
-        layout: the prompt layout it was trained for, or None if it does not say.
-        in_order: whether spans are placed one after the other, or all at the branch point (layout.place).
-        mapper: None means identity.
+        path: The file.
+        layout: The prompt layout that it was trained for, or None if the file does not say.
+        in_order: True if spans are placed one after the other, False if all begin at the branch point.
+        mapper: The mapper; None means the identity.
         lora: llama.cpp's handle, or None if the file has no LoRA tensors.
-        warnings: what the user should be told (trained on another model of the same shape, for instance).
+        warnings: What the user should know, for instance that it was trained on another model of the same shape.
+
+    Args:
+        path: The file to read.
+        model: The model that the adapter is for.
 
     Raises:
-        InputError: missing, damaged, for another architecture or size, or with a malformed mapper.
+        InputError: The file is missing, damaged, for another architecture or size, or its mapper is malformed.
     """
 
     def __init__(self, path: Path | str, model: Model) -> None:
@@ -53,18 +49,16 @@ class Adapter:
         self._model = model
         self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
         with open_gguf(self.path, "adapter") as reader:
-            metadata, tensors = _read(reader, self.path.stat().st_size)
-            self._check(metadata, model)
-            _check_lora(metadata, tensors)
-            self.mapper = Mapper.from_metadata(metadata)
-        layout = metadata.get("pyps.layout")
-        if layout is not None and layout not in LAYOUTS:
-            raise InputError(f"{self.path}: pyps.layout is {layout!r}; this version of pyps knows {', '.join(LAYOUTS)}")
-        self.layout: str | None = layout
-        self.in_order = metadata.get("pyps.in_order", False)
-        if not isinstance(self.in_order, bool):
-            raise InputError(f"{self.path}: pyps.in_order must be true or false")
-        if not tensors:
+            metadata = read_metadata(reader)
+            if metadata.arch != model.arch:
+                raise InputError(f"made for {metadata.arch!r} models, but {model.name} is a {model.arch!r} model")
+            _check_tensors(reader)
+            has_lora = bool(reader.tensors)
+        self.mapper = metadata.mapper
+        self.layout = metadata.layout
+        self.in_order = metadata.in_order
+        self._warn_of_other_weights(metadata)
+        if not has_lora:
             return
         with log.captured():
             self.lora = llama_cpp.llama_adapter_lora_init(model.pointer, str(self.path).encode())
@@ -75,32 +69,23 @@ class Adapter:
                 )
         model.adapters.add(self)
 
-    def _check(self, metadata: dict[str, Any], model: Model) -> None:
-        if (kind := metadata.get("general.type")) != "adapter":
-            raise InputError(f"not an adapter: general.type is {kind!r}, not 'adapter'")
-        if (kind := metadata.get("adapter.type")) != "lora":
-            raise InputError(f"adapter.type is {kind!r}; pyps reads 'lora'")
-        if (arch := metadata.get("general.architecture")) != model.arch:
-            raise InputError(f"made for {arch!r} models, but {model.name} is a {model.arch!r} model")
-        version = metadata.get("pyps.version", 1)
-        if version != 1:
-            raise InputError(f"pyps.version is {version}; this version of pyps reads 1")
-        base, own = metadata.get("pyps.base.name"), model.metadata.get("general.name")
-        if fingerprint := metadata.get("pyps.base.fingerprint"):
-            other = fingerprint != model.fingerprint
+    def _warn_of_other_weights(self, metadata: AdapterMetadata) -> None:
+        base_name, model_name = metadata.base_name, self._model.metadata.get("general.name")
+        if metadata.base_fingerprint:
+            differs = metadata.base_fingerprint != self._model.fingerprint
         else:
-            other = bool(base and own and base != own)
-        if other:
+            differs = bool(base_name and model_name and base_name != model_name)
+        if differs:
             self.warnings.append(
-                f"{self.path.name} was trained on other weights ({base or 'no name given'}) than this model's "
-                f"({own or model.name}): answers may be poor"
+                f"{self.path.name} was trained on other weights ({base_name or 'no name given'}) than this model's "
+                f"({model_name or self._model.name}): answers may be poor"
             )
 
     def attach(self, ctx: Context) -> None:
-        """Switch the LoRA on for everything that ctx computes from now on. Without a LoRA this does nothing.
+        """Switch the LoRA on for everything that a context computes from then on, if the adapter has one.
 
         Raises:
-            InputError: ctx belongs to another model, or llama.cpp refuses.
+            InputError: The context belongs to another model, or llama.cpp refuses.
         """
         if not self.lora:
             return
@@ -113,6 +98,7 @@ class Adapter:
         self._contexts.add(ctx)
 
     def close(self) -> None:
+        """Free the LoRA, and before it every context that it is attached to."""
         for ctx in list(self._contexts):
             ctx.close()
         if self.lora and self._model.is_open:
@@ -120,24 +106,11 @@ class Adapter:
         self.lora = None
 
 
-def _read(reader: gguf.GGUFReader, file_size: int) -> tuple[dict[str, Any], dict[str, gguf.GGMLQuantizationType]]:
-    """The file's metadata, and its tensors' types by name."""
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
-    types = {name: field.types[0] if field.types else None for name, field in reader.fields.items()}
-    tensors = {t.name: t.tensor_type for t in reader.tensors}
-    if max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0) > file_size:
-        raise InputError("the file is cut off: tensor data is missing")
-    for key, expected in _LLAMA_CPP_KEYS.items():
-        if key in types and types[key] != expected:
-            raise InputError(f"{key} must be of type {expected.name}")
-    return metadata, tensors
-
-
-def _check_lora(metadata: dict[str, Any], tensors: dict[str, gguf.GGMLQuantizationType]) -> None:
-    if tensors and "adapter.lora.alpha" not in metadata:
-        raise InputError("adapter.lora.alpha is missing")
-    for name, kind in tensors.items():
-        if not name.endswith((".lora_a", ".lora_b")):
-            raise InputError(f"tensor {name!r} is not part of a LoRA")
-        if kind not in _LORA_TYPES:
-            raise InputError(f"tensor {name!r} is {kind.name}; LoRA tensors are F32, F16, BF16 or Q8_0")
+def _check_tensors(reader: gguf.GGUFReader) -> None:
+    for tensor in reader.tensors:
+        if not tensor.name.endswith((".lora_a", ".lora_b")):
+            raise InputError(f"tensor {tensor.name!r} is not part of a LoRA")
+        if tensor.tensor_type not in _LORA_TYPES:
+            raise InputError(
+                f"tensor {tensor.name!r} is {tensor.tensor_type.name}; LoRA tensors are F32, F16, BF16 or Q8_0"
+            )

@@ -18,7 +18,7 @@ def read_rows(source: str, split: str) -> Iterable[dict[str, Any]]:
     try:
         import datasets
     except ImportError:
-        raise InputError("data sets are read by the package datasets: pip install 'pyps[data]'") from None
+        raise InputError("data sets are read by the package datasets: pip install 'pyps-llama[data]'") from None
     datasets.disable_progress_bars()
     path = Path(source)
     try:

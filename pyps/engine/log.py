@@ -22,7 +22,6 @@ _depth = 0
 _lock = threading.Lock()
 
 
-@llama_cpp.llama_log_callback
 def _collect(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
     line = text.decode("utf-8", "replace")
     if os.environ.get("PYPS_LOG"):
@@ -33,24 +32,30 @@ def _collect(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
         listen(line)
 
 
+_callback = llama_cpp.llama_log_callback(_collect)  # llama.cpp keeps a pointer to it, so it must stay alive
+
+
 @contextlib.contextmanager
 def captured(listen: Callable[[str], None] | None = None) -> Iterator[None]:
-    """While inside, llama.cpp's log goes to memory (and, with PYPS_LOG set, to stderr), not to llama_cpp's logger.
+    """Keep llama.cpp's log in memory while the block runs, instead of giving it to llama_cpp's logger.
 
-    `listen` receives every line. May be nested and used from several threads. Ctrl-C is raised at the end: raised
-    while llama.cpp calls back, it would only be printed, and lost.
+    With PYPS_LOG set the log goes to stderr, too. Blocks may be nested, and used from several threads. Ctrl-C is raised
+    when the block ends: an exception that is raised while llama.cpp calls back is only printed, and lost.
+
+    Args:
+        listen: A function that receives every line.
     """
     global _depth
-    asked: list[int] = []
+    interrupts: list[int] = []
     in_main = threading.current_thread() is threading.main_thread()
     defers = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if defers:
-        signal.signal(signal.SIGINT, lambda number, _frame: asked.append(number))
+        signal.signal(signal.SIGINT, lambda number, _frame: interrupts.append(number))
     with _lock:
         _depth += 1
         if _depth == 1:
             _recent.clear()
-            llama_cpp.llama_log_set(_collect, ctypes.c_void_p(0))
+            llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))
         if listen:
             _listeners.append(listen)
     try:
@@ -64,12 +69,12 @@ def captured(listen: Callable[[str], None] | None = None) -> Iterator[None]:
                 llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
         if defers:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            if asked:
+            if interrupts:
                 raise KeyboardInterrupt
 
 
 def last_words() -> str:
-    """What llama.cpp logged last as an error or a warning, for an exception's text; "" if nothing."""
-    # "failed to load model" only says that it failed; the line before says why
+    """Return what llama.cpp logged last as an error or a warning, for an exception's text; "" if there is nothing."""
+    # "failed to load model" only says that it failed; the line before it says why
     lines = [line for line in _recent if "failed to load model" not in line]
     return re.sub(r"^\w+: ", "", lines[-1]) if lines else ""

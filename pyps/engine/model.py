@@ -1,10 +1,11 @@
-"""A model: loading, tokens, and its chat template."""
+"""Models: loading them, their properties, their tokens and their chat templates."""
 
 import ctypes
 import functools
 import hashlib
 import re
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from pyps.engine.gguf_file import check_gguf
 from pyps.engine.trial import try_to_load
 from pyps.errors import InputError, RefusedError
 
-# private-use characters around what is text although it looks like a control token
+# private-use characters around text that looks like a control token and is none
 _MARKED = re.compile("\ue001(.*?)\ue002", re.DOTALL)
 _MARKS = re.compile("[\ue001\ue002]")
 
@@ -31,13 +32,22 @@ def _start_backend() -> None:
 
 
 class Closeable(Protocol):
-    """What lives on a model and must be freed before it: a context, an adapter."""
+    """Something that lives on a model and must be freed before it: a context or an adapter."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free it. Doing so twice does no harm."""
 
 
 class Model:
-    """A llama.cpp model, loaded by us (`Model.load`) or borrowed from a `llama_cpp.Llama` (`Model.borrow`)."""
+    """A llama.cpp model, loaded from a file (`Model.load`) or borrowed from a `llama_cpp.Llama` (`Model.borrow`).
+
+    Attributes:
+        pointer: llama.cpp's handle of the model.
+        vocab: llama.cpp's handle of its vocabulary.
+        name: The name of its file.
+        contexts: The contexts that are open on it.
+        adapters: The adapters with a LoRA that are open on it.
+    """
 
     def __init__(self, pointer: llama_cpp.llama_model_p, name: str, *, owner: llama_cpp.Llama | None) -> None:
         self.pointer = pointer
@@ -45,13 +55,18 @@ class Model:
         self._owner = owner  # keeps a borrowed model alive; None if the model is ours to free
         self.vocab = llama_cpp.llama_model_get_vocab(pointer)
         self._closed = False
-        # what must be freed before the model is: contexts first, then adapters. Each closes itself here if forgotten.
+        # These must be freed before the model, contexts first; `close` frees those that are still open.
         self.contexts: weakref.WeakSet[Closeable] = weakref.WeakSet()
         self.adapters: weakref.WeakSet[Closeable] = weakref.WeakSet()
 
     @classmethod
     def load(cls, path: Path | str) -> "Model":
-        """Load a GGUF file. Raises InputError if it is missing, damaged or not a model llama.cpp knows."""
+        """Load a GGUF file.
+
+        Raises:
+            InputError: The file is missing, damaged, or not a model that llama.cpp knows.
+            MachineError: The memory does not suffice.
+        """
         path = Path(path)
         check_gguf(path, "model")
         try_to_load(path)
@@ -65,14 +80,18 @@ class Model:
 
     @classmethod
     def borrow(cls, llama: llama_cpp.Llama) -> "Model":
-        """Use the model of an existing Llama object. Its contexts and cache are left alone."""
+        """Use the model of an existing Llama object, whose contexts and cache are left alone.
+
+        Raises:
+            InputError: The Llama object is closed.
+        """
         _start_backend()
         if llama.model is None:
             raise InputError("the Llama object is closed")
         return cls(llama.model, Path(llama.model_path).name, owner=llama)
 
     def close(self) -> None:
-        """Free the model, if it is ours, and before it every context and adapter that is still open on it."""
+        """Free every context and adapter that is still open on the model, and then the model if it is not borrowed."""
         for context in list(self.contexts):
             context.close()
         for adapter in list(self.adapters):
@@ -83,22 +102,22 @@ class Model:
 
     @property
     def is_open(self) -> bool:
-        """False once closed, and once the Llama it was borrowed from is."""
+        """False after the model, or the Llama that it was borrowed from, has been closed."""
         return not self._closed and (self._owner is None or self._owner.model is not None)
 
     @property
     def address(self) -> int:
-        """The llama_model's address, for the extension. Raises InputError once closed."""
+        """The llama_model's address, for the extension. Raises InputError if the model is closed."""
         self.check_open()
         return int(ctypes.cast(self.pointer, ctypes.c_void_p).value or 0)
 
     def check_open(self) -> None:
-        """Raises InputError once the model is closed."""
+        """Raise InputError if the model is closed."""
         if not self.is_open:
             raise InputError("the model is closed")
 
     def check_generates(self) -> None:
-        """Raises RefusedError for models that do not simply continue a text (encoders, encoder-decoders, diffusion)."""
+        """Raise RefusedError if the model does not simply continue a text (encoders, encoder-decoders, diffusion)."""
         self.check_open()
         if llama_cpp.llama_model_has_encoder(self.pointer) or not llama_cpp.llama_model_has_decoder(self.pointer):
             raise RefusedError(f"'{self.arch}' models have an encoder; pyps runs decoder-only models")
@@ -110,7 +129,7 @@ class Model:
     @functools.cached_property
     def metadata(self) -> dict[str, str]:
         """The GGUF file's scalar metadata, as llama.cpp prints it."""
-        found: dict[str, str] = {}
+        values: dict[str, str] = {}
         for i in range(llama_cpp.llama_model_meta_count(self.pointer)):
             texts = []
             for read in (llama_cpp.llama_model_meta_key_by_index, llama_cpp.llama_model_meta_val_str_by_index):
@@ -118,58 +137,69 @@ class Model:
                 buffer = ctypes.create_string_buffer(size)
                 read(self.pointer, i, buffer, size)
                 texts.append(buffer.value.decode("utf-8", "replace"))
-            found[texts[0]] = texts[1]
-        return found
+            values[texts[0]] = texts[1]
+        return values
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """The same for every quantisation of a model, another for other weights: a hash of its norms, which are never
-        quantised."""
+        """A hash of the model's norms: the same for all its quantisations, since norms are never quantised."""
         self.check_open()
         return hash_norms(native.norms(self.address))
 
     @property
     def arch(self) -> str:
+        """The architecture, as llama.cpp names it ("llama", "qwen3")."""
         return self.metadata.get("general.architecture", "")
 
     @property
     def n_vocab(self) -> int:
+        """How many tokens the vocabulary has."""
         return int(llama_cpp.llama_vocab_n_tokens(self.vocab))
 
     @property
     def n_layer(self) -> int:
+        """How many layers the model has, those without K and V among them."""
         return int(llama_cpp.llama_model_n_layer(self.pointer))
 
     @property
     def head_dim(self) -> int:
-        """Channels of a K head."""
+        """How many channels a K head has."""
         n_head = int(llama_cpp.llama_model_n_head(self.pointer)) or 1  # recurrent models have none
         return int(self.metadata.get(f"{self.arch}.attention.key_length") or self.n_embd // n_head)
 
     @property
     def n_embd_kv(self) -> int:
-        """Channels of all K heads of a layer."""
+        """How many channels all K heads of a layer have together."""
         return int(llama_cpp.llama_model_n_head_kv(self.pointer)) * self.head_dim
 
     @property
     def n_embd(self) -> int:
+        """How many channels the embedding has."""
         return int(llama_cpp.llama_model_n_embd(self.pointer))
 
     @property
     def n_ctx_train(self) -> int:
-        """Positions the model was trained on."""
+        """How many positions the model was trained on."""
         return int(llama_cpp.llama_model_n_ctx_train(self.pointer))
 
     @property
     def long_context(self) -> int:
-        """LongRoPE (Phi 3): contexts with more cells a sequence than this encode positions in another way than smaller
-        ones, so keys cannot be moved between the two. 0 for all other models."""
+        """From how many cells per sequence on, exclusive, LongRoPE (Phi 3) encodes positions in another way.
+
+        Keys cannot be moved between contexts on both sides of it. It is 0 for models without LongRoPE.
+        """
         return native.long_context(self.address)
 
     def tokenize(self, text: str, *, start: bool = False) -> list[int]:
-        """Tokens of text; special tokens in it (`<|im_end|>`) are recognised, but where `as_data` has marked them.
-        `start`: add what the vocabulary puts at the start of a sequence, unless the text has it already (chat templates
-        often do)."""
+        """Return the tokens of a text.
+
+        Special tokens in it (`<|im_end|>`) are recognised, except where `as_data` has marked them.
+
+        Args:
+            text: The text. What is not Unicode in it (lone surrogates) becomes "?".
+            start: Whether to add what the vocabulary puts at the start of a sequence, unless the text has it already,
+                as the texts of chat templates often do.
+        """
         if start and (bos := self._bos_text()) and text.startswith(bos):
             start = False
         tokens = []
@@ -189,14 +219,17 @@ class Model:
             size = -n
 
     def as_data(self, text: str) -> str:
-        """Text for a prompt that comes from people, files or tools: what looks like a control token of this model in it
-        ("<|im_end|>") is marked, and `tokenize` then takes it as the characters it is made of."""
+        """Return a text from people, files or tools so that it stays text in a prompt.
+
+        What looks like a control token of this model in it ("<|im_end|>") is marked, and `tokenize` then reads it as
+        the characters that it is made of.
+        """
         text = _MARKS.sub("", text)
-        return self._control.sub(lambda found: f"\ue001{found[0]}\ue002", text)
+        return self._control.sub(lambda match: f"\ue001{match[0]}\ue002", text)
 
     @functools.cached_property
     def _control(self) -> re.Pattern[str]:
-        """Finds the texts of all control tokens."""
+        """A pattern that matches the texts of all control tokens."""
         self.check_open()
         control = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
         texts = {
@@ -204,11 +237,16 @@ class Model:
             for token in range(self.n_vocab)
             if llama_cpp.llama_vocab_get_attr(self.vocab, token) & control
         }
-        # the longest first; without any, what never matches
+        # the longest first, since one may begin with another; a pattern that never matches if there are none
         return re.compile("|".join(map(re.escape, sorted(texts - {""}, key=len, reverse=True))) or "(?!)")
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
-        """The bytes of a token: possibly part of a character. Special tokens are empty unless asked for."""
+        """Return the bytes of a token, which may be part of a character.
+
+        Args:
+            token: The token.
+            special: Whether special tokens have a text; without it they are empty.
+        """
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -217,13 +255,17 @@ class Model:
                 return buffer.raw[:n]
             size = -n
 
+    def text(self, tokens: Iterable[int]) -> str:
+        """Return the text of tokens, without special tokens; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(map(self.piece, tokens)).decode("utf-8", "replace")
+
     def ends(self, token: int) -> bool:
-        """True for tokens that end a generation (end of turn, end of text)."""
+        """Return whether a token ends a generation (end of turn, end of text)."""
         return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
 
     @property
     def end_of_turn(self) -> int:
-        """The token with which the model ends its answers."""
+        """The token that ends the model's answers."""
         eot = int(llama_cpp.llama_vocab_eot(self.vocab))
         return eot if eot >= 0 else int(llama_cpp.llama_vocab_eos(self.vocab))
 
@@ -236,8 +278,15 @@ class Model:
         return "" if eos < 0 else self.piece(eos, special=True).decode("utf-8", "replace")
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
-        """The prompt for these messages (role, content), by the model's own chat template (ChatML if it has none),
-        up to where the assistant's answer begins. Raises InputError if the template fails."""
+        """Return the prompt for messages, up to where the assistant's answer begins.
+
+        Args:
+            messages: Each with "role" and "content". They are rendered by the model's own chat template, or as ChatML
+                if it has none.
+
+        Raises:
+            InputError: The template fails.
+        """
         from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatter
 
         template = llama_cpp.llama_model_chat_template(self.pointer, None)
@@ -249,12 +298,12 @@ class Model:
         except Exception as error:
             # a template is a program that came with the model: it may raise anything
             if messages[0]["role"] == "system":
-                # some (Gemma's) know no system role: their habit is to put it at the head of the user's turn
+                # Some (Gemma's) know no system role; there, a system message stands at the head of the user's turn.
                 system, user, *rest = messages
                 return self.render_chat([{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest])
             raise InputError(f"{self.name}: the model's chat template failed: {error}") from error
 
 
 def hash_norms(values: bytes) -> str:
-    """A fingerprint from the values of all tensors named *norm.weight, in the order of their names."""
+    """Return a fingerprint: a hash of the values of all tensors named *norm.weight, in the order of their names."""
     return hashlib.sha256(values).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The extension (native/module.cpp), loaded only if it and llama_cpp are of one version.
+"""The functions of the extension (native/module.cpp), which loads only if it and llama_cpp are of one version.
 
 The extension works on llama.cpp's internal objects: against any other version it would read the wrong memory. This is
 the only module that imports `_native`; everything else writes `native.join(…)`.
@@ -7,7 +7,7 @@ the only module that imports `_native`; everything else writes `native.join(…)
 import importlib.metadata
 from pathlib import Path
 
-# first, so that libllama is loaded from where llama_cpp keeps it: site-packages holds several copies
+# This import comes first, so that libllama is loaded from where llama_cpp keeps it: site-packages holds several copies.
 import llama_cpp
 
 _FIX = (
@@ -21,6 +21,7 @@ try:
         hadamard,
         is_causal,
         join,
+        llama_cpp_version,
         long_context,
         n_cells,
         n_layers,
@@ -36,16 +37,16 @@ except ImportError as error:
         f"pyps's extension does not load with llama-cpp-python {importlib.metadata.version('llama-cpp-python')} "
         f"({error}): {_FIX}."
     ) from error
-if _native.llama_cpp_version != llama_cpp.__version__:
+if llama_cpp_version != llama_cpp.__version__:
     raise ImportError(
-        f"pyps was built for llama-cpp-python {_native.llama_cpp_version}, but {llama_cpp.__version__} is installed: "
-        f"{_FIX}."
+        f"pyps was built for llama-cpp-python {llama_cpp_version}, but {llama_cpp.__version__} is installed: {_FIX}."
     )
 
 __all__ = [
     "hadamard",
     "is_causal",
     "join",
+    "llama_cpp_version",
     "long_context",
     "n_cells",
     "n_layers",

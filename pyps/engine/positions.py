@@ -1,9 +1,9 @@
-"""Which layers' keys carry their position, and whether moving them is exact: found by trying, not by a table of names.
+"""Which layers' keys carry their position, and whether moving them is exact: tried out, not read from a table of names.
 
-A token that is alone in its sequence attends to itself only, so wherever it stands each layer computes the same for
-it, RoPE aside. Its keys at position 0, moved by the join, must then be the keys that llama.cpp computes where they were
-moved to, in every layer; where llama.cpp's keys are the same in both places, the layer has no positions (every fourth
-of SmolLM3). Anything else (K normalised after RoPE, a position that enters elsewhere) is refused.
+A token that is alone in its sequence attends to itself only, so each layer computes the same for it wherever it stands,
+RoPE aside. Its keys at position 0, moved by the join, must then be the keys that llama.cpp computes at the place that
+they were moved to, in every layer. Where llama.cpp's keys are the same in both places, the layer has no positions, as
+every fourth layer of SmolLM3. Anything else (K normalised after RoPE, a position that enters elsewhere) is refused.
 """
 
 import weakref
@@ -19,13 +19,12 @@ from pyps.errors import RefusedError
 _FAR = 1000  # positions: far enough to turn all but the slowest channels
 _TOLERANCE = 2e-3  # of a layer's largest value. Angles in float32 are off by 1e-4; another RoPE by a tenth and more
 
-
-# What trying has shown: the layers of a model, or why it is refused. It costs a decode, so it is done once for a model.
+# The result for each model: its layers, or why it is refused. Trying costs a decode, so it is done once.
 _tried: "weakref.WeakKeyDictionary[Model, list[bool] | RefusedError]" = weakref.WeakKeyDictionary()
 
 
 def rotated_layers(model: Model) -> list[bool]:
-    """Tell for every layer with K and V, from 0, whether RoPE turns its keys. The first call decodes two tokens.
+    """Return for every layer with K and V, from 0, whether RoPE turns its keys. The first call decodes two tokens.
 
     Raises:
         RefusedError: This model's keys cannot be moved exactly; the text names the architecture and the reason.
@@ -44,7 +43,11 @@ def rotated_layers(model: Model) -> list[bool]:
 
 
 def why_not_joinable(model: Model) -> str:
-    """Return why this model's caches cannot be joined, or "" if they can. Raises InputError if the model is closed."""
+    """Return why this model's caches cannot be joined, or "" if they can be.
+
+    Raises:
+        InputError: The model is closed.
+    """
     try:
         rotated_layers(model)
     except RefusedError as error:
@@ -66,7 +69,7 @@ def _try_to_move(model: Model) -> list[bool]:
         raise RefusedError(reason)
     token = (model.tokenize("The") or [0])[-1]
     # f32, so that no rounding hides a difference; no flash attention, which on a GPU gives a token that is alone its
-    # full weight only up to rounding: after some layers that looks like a difference
+    # full weight only up to rounding, which looks like a difference after some layers
     with Context(model, 256, 3, kv_type="f32") as ctx:
         n_layers = native.n_layers(ctx.address)
         ctx.decode([Token(token, 0, 0), Token(token, _FAR, 1)])

@@ -158,6 +158,11 @@ class Sampler:
                 llama_cpp.llama_sampler_free(sampler)
         self._chain = self._grammar = None
 
+    def __del__(self) -> None:
+        # only a safety net: at interpreter exit llama_cpp may be gone
+        if getattr(self, "_chain", None) is not None and llama_cpp is not None:
+            self.close()
+
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 

@@ -1,6 +1,9 @@
-"""How many threads and which batch size suit a model on this machine: `pyps doctor MODEL` tries it (doctor.py); what it
-found is kept here, and every context uses it from then on."""
+"""How many threads and which batch size suit a model on this machine.
 
+`pyps doctor MODEL` measures it (measure/doctor.py) and writes the result here; every context uses it from then on.
+"""
+
+import contextlib
 import hashlib
 import json
 import os
@@ -13,18 +16,24 @@ import llama_cpp
 
 from pyps.engine.find import cache_dir
 from pyps.engine.model import Model
+from pyps.files import whole
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """threads, and how many tokens of a prompt are computed at once."""
+    """The settings that suit a model on a machine.
+
+    Attributes:
+        threads: How many threads compute.
+        batch: How many tokens of a prompt are computed at once.
+    """
 
     threads: int
     batch: int
 
 
 def default_threads() -> int:
-    """Physical cores this process may use: two threads on one core slow llama.cpp down."""
+    """Count the physical cores that this process may use: two threads on one core slow llama.cpp down."""
     cores = set()
     for cpu in allowed_cpus():
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
@@ -36,11 +45,12 @@ def default_threads() -> int:
 
 
 def allowed_cpus() -> set[int]:
-    """The CPUs that this process may use."""
+    """Return the numbers of the CPUs that this process may use."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def cpu_name() -> str:
+    """Return the processor's name as the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -52,8 +62,10 @@ _tuned: "weakref.WeakKeyDictionary[Model, Tuned]" = weakref.WeakKeyDictionary()
 
 
 def tuned(model: Model) -> Tuned:
-    """Return what suits this model on this machine: what `pyps doctor` found, or else the physical cores and batches
-    of 512 tokens. Read from disk once for each model that is open."""
+    """Return what suits this model on this machine, read from disk once for each model that is open.
+
+    It is what `pyps doctor` has measured, or else the number of physical cores and batches of 512 tokens.
+    """
     if model not in _tuned:
         _tuned[model] = _read_tuned(model)
     return _tuned[model]
@@ -62,24 +74,21 @@ def tuned(model: Model) -> Tuned:
 def _read_tuned(model: Model) -> Tuned:
     try:
         values = json.loads(_path(model).read_text())
-        found = Tuned(int(values["threads"]), int(values["batch"]))
-        if 1 <= found.threads <= 512 and 1 <= found.batch <= 2**16:
-            return found
+        settings = Tuned(int(values["threads"]), int(values["batch"]))
+        if 1 <= settings.threads <= 512 and 1 <= settings.batch <= 2**16:
+            return settings
     except (OSError, ValueError, TypeError, KeyError):
-        pass  # not tried yet, or not a file of ours
+        pass  # not measured yet, or not a file of ours
     return Tuned(default_threads(), 512)
 
 
-def write_tuned(model: Model, found: Tuned) -> None:
-    """Keeps it for read_tuned; a cache that cannot be written to keeps nothing."""
+def write_tuned(model: Model, settings: Tuned) -> None:
+    """Keep settings for `tuned`. If the cache cannot be written to, nothing is kept."""
     path = _path(model)
-    partial = path.with_suffix(".part")
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(asdict(found)))
-        partial.replace(path)
-    except OSError:
-        pass
+        with whole(path) as partial:
+            partial.write_text(json.dumps(asdict(settings)))
 
 
 def _path(model: Model) -> Path:

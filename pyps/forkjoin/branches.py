@@ -2,30 +2,48 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from pyps.agents.tools import ToolCall
 from pyps.engine.context import Context
+from pyps.engine.generate import FinishReason
 from pyps.errors import InputError
+from pyps.forkjoin.synthesis import Output
 
 
 @dataclass(frozen=True)
 class BranchResult:
-    """A finished branch. `text` and `tokens` are of what is joined; finish_reason "length" means max_tokens was reached
-    (or the run was interrupted)."""
+    """What came of a branch.
+
+    Attributes:
+        name: Its name.
+        prompt: Its instruction.
+        text: The text of what is joined.
+        tokens: The number of tokens of what is joined.
+        finish_reason: "stop"; "length" if max_tokens was reached, or the run was interrupted; "error" if it failed.
+        calls: Its calls of tools.
+        error: What went wrong, with the finish reason "error".
+    """
 
     name: str
     prompt: str
     text: str
     tokens: int
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     calls: tuple[ToolCall, ...] = ()
+    error: str | None = None
 
 
 @dataclass(frozen=True)
 class Cached:
-    """One of them: spans [start, end) of a sequence's positions, in their order, and the tokens there. What is joined
-    of a branch with tools may be several spans."""
+    """A finished branch: its result, and where its cells are.
+
+    Attributes:
+        result: What came of it.
+        seq: Its sequence.
+        spans: What of it is joined, as stretches [start, end) of positions in their order. A branch with tools may have
+            several.
+        tokens: The tokens there.
+    """
 
     result: BranchResult
     seq: int
@@ -34,11 +52,11 @@ class Cached:
 
 
 class Branches:
-    """What `ForkJoin.fork` and `ForkJoin.load` give, and `run(…, keep=True)` for its answer. Holds a context: close it,
-    or use `with`.
+    """Finished branches with their caches: what `ForkJoin.fork` and `ForkJoin.load` return, and `run(…, keep=True)`
+    for its answer. They hold a context: close them, or use `with`.
 
     Attributes:
-        results: name, prompt, text and length of each.
+        cached: Each branch, and where its cells are.
     """
 
     def __init__(self, ctx: Context, cached: Sequence[Cached]) -> None:
@@ -47,16 +65,22 @@ class Branches:
 
     @property
     def results(self) -> tuple[BranchResult, ...]:
-        return tuple(c.result for c in self.cached)
+        """Name, instruction, text and length of each."""
+        return tuple(branch.result for branch in self.cached)
 
     @property
     def ctx(self) -> Context:
-        """The context they are in. Raises InputError once closed."""
+        """The context that holds the cells. Raises InputError once closed."""
         self._ctx.pointer  # noqa: B018
         return self._ctx
 
+    @property
+    def outputs(self) -> list[Output]:
+        """Where the cells of each lie, without branches that said nothing. Raises InputError once closed."""
+        return [Output(self.ctx, branch.seq, branch.spans) for branch in self.cached if branch.tokens]
+
     def named(self, name: str) -> "Branches":
-        """The same ones under a name."""
+        """Return the same branches with `name` as their name."""
         return Branches(self._ctx, [replace(c, result=replace(c.result, name=name)) for c in self.cached])
 
     def __len__(self) -> int:
@@ -69,13 +93,14 @@ class Branches:
         self.close()
 
     def close(self) -> None:
+        """Free the context."""
         self._ctx.close()
 
 
 def as_list(branches: "Branches | Sequence[Branches]") -> list[Branches]:
-    """One or several. Raises InputError for anything else."""
-    found = [branches] if isinstance(branches, Branches) else list(branches)
-    for item in found:
+    """Return one or several Branches as a list. Raises InputError for anything else."""
+    items = [branches] if isinstance(branches, Branches) else list(branches)
+    for item in items:
         if not isinstance(item, Branches):
             raise InputError(f"only Branches can be joined (from fork, load or keep=True), not {type(item).__name__}")
-    return found
+    return items

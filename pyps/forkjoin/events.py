@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from pyps.agents.tools import ToolCall
+from pyps.engine.generate import FinishReason
 from pyps.forkjoin.branches import Branches, BranchResult
 
 Mode = Literal["cache", "text"]
@@ -11,48 +12,73 @@ Mode = Literal["cache", "text"]
 
 @dataclass(frozen=True)
 class Completion:
-    """What ForkJoin.generate gives for a prompt; fields as of a BranchResult."""
+    """What ForkJoin.generate returns for a prompt. Its fields are those of a BranchResult."""
 
     text: str
     tokens: int
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
+    error: str | None = None
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of a synthesis: joined from caches, prefilled before the answer, generated as the answer."""
+    """Tokens of a synthesis: joined from caches, read before the answer, generated as the answer."""
 
     joined: int
     prefilled: int
     generated: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Timing:
-    """branches: from the start to the last branch's last token. ttft: from there to the answer's first token; join and
-    prefill lie inside it. total: everything, the loading of the model aside."""
+    """Milliseconds of a run's parts.
 
-    branches: float
-    join: float
-    prefill: float
-    ttft: float
-    total: float
+    Attributes:
+        branches: From the start to the last branch's last token.
+        join: Placing the branches' cells.
+        prefill: Reading the synthesizer's prompt, up to the answer's first token.
+        ttft: From the last branch's last token to the answer's first; join and prefill lie inside it.
+        total: Everything, the loading of the model aside.
+    """
+
+    branches: float = 0.0
+    join: float = 0.0
+    prefill: float = 0.0
+    ttft: float = 0.0
+    total: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Synthesis:
-    """An answer, what it took, and the synthesizer's calls of tools."""
+    """An answer, why it ended, what it took, and the synthesizer's calls of tools."""
 
     answer: str
+    finish_reason: FinishReason
     tokens: Tokens
     timing_ms: Timing
     calls: tuple[ToolCall, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
-    """A fork-join's outcome. `compare` is the text synthesis of the same branches, and `kept` the answer with its
-    cache, if asked for."""
+    """A fork-join's outcome.
+
+    Attributes:
+        model: The model's file name.
+        adapter: The adapter's path, or None.
+        mode: "cache" or "text": how the answer came about.
+        layout: The prompt layout, "shared" or "paper".
+        seed: The first branch's seed; the others have the next ones.
+        answer: The answer's text.
+        finish_reason: "stop" if the model ended its answer, "length" if it was cut at its limit or by an interruption.
+        branches: The branches, joined ones of earlier runs first.
+        tokens: What the synthesis took.
+        timing_ms: Where the time went.
+        compare: The text synthesis of the same branches, if it was asked for.
+        interrupted: Whether `stopped` ended the run early.
+        calls: The synthesizer's calls of tools.
+        kept: The answer with its cache, if it was asked for. Close it.
+    """
 
     model: str
     adapter: str | None
@@ -60,6 +86,7 @@ class Result:
     layout: str
     seed: int
     answer: str
+    finish_reason: FinishReason
     branches: tuple[BranchResult, ...]
     tokens: Tokens
     timing_ms: Timing
@@ -69,15 +96,15 @@ class Result:
     kept: Branches | None = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the object that `pyps run --json` prints."""
-        found = asdict(replace(self, kept=None))
-        del found["kept"]
-        return found
+        """Return the object that `pyps run --json` prints."""
+        values = asdict(replace(self, kept=None))
+        del values["kept"]
+        return values
 
 
 @dataclass(frozen=True)
 class BranchToken:
-    """A branch has generated a token; its text may be empty."""
+    """A branch has generated a token of its answer; the text may be empty."""
 
     branch: int
     text: str
@@ -85,7 +112,7 @@ class BranchToken:
 
 @dataclass(frozen=True)
 class ToolCalled:
-    """A call of a tool is over: a branch's, or the synthesizer's (None), whose `mode` is as of an AnswerToken."""
+    """A call of a tool is over: a branch's, or the synthesizer's (None). `mode` is that of an AnswerToken."""
 
     branch: int | None
     call: ToolCall
@@ -94,13 +121,15 @@ class ToolCalled:
 
 @dataclass(frozen=True)
 class BranchDone:
+    """A branch has ended."""
+
     branch: int
     result: BranchResult
 
 
 @dataclass(frozen=True)
 class Joined:
-    """The spans lie in the synthesizer's cache."""
+    """The branches' cells lie in the synthesizer's cache."""
 
     tokens: int
     ms: float
@@ -108,14 +137,16 @@ class Joined:
 
 @dataclass(frozen=True)
 class AnswerToken:
-    """The answer has grown; `mode` tells the answer from the one it is compared with."""
+    """The answer has grown; `mode` tells the answer from the text synthesis that it is compared with."""
 
     text: str
-    mode: Mode = field(default="cache")
+    mode: Mode = "cache"
 
 
 @dataclass(frozen=True)
 class Done:
+    """The run is over: the last event."""
+
     result: Result
 
 

@@ -1,12 +1,12 @@
-"""Branches on disk: the K and V of their cells, tokens and texts, of many branches in one file.
+"""Branches on disk: one file holds the texts, the tokens and the cells' K and V of many branches.
 
-A GGUF file, so that any GGUF reader shows what is inside; after it, the SHA-256 of all of it. Of tensors it has
+It is a GGUF file, so that any GGUF reader shows what is inside, followed by the SHA-256 of all of it. Its tensors are
 
     tokens, positions   int32 [cells]       of all branches, one after the other
-    blk.N.k, blk.N.v    [cells, channels]   of layer N (counted among those with K and V), a row a cell, of the cache's
-                                            own type: quantised ones as the cache stores them, Hadamard and all
+    blk.N.k, blk.N.v    [cells, channels]   of layer N (counted among those with K and V), one row per cell, of the
+                                            cache's own type: quantised ones as the cache stores them, after Hadamard
 
-and of metadata the model's identity, the caches' type, and the branches as JSON. Nothing in a file is believed: its
+and its metadata are the model's identity, the caches' type, and the branches as JSON. Nothing in a file is trusted: its
 hash, then every name, type and size are checked before anything is handed to llama.cpp.
 """
 
@@ -24,10 +24,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from pyps.engine import native
 from pyps.engine.context import KV_TYPES, MAX_SEQUENCES, Context, needs_flash_attn, split_kv_type
-from pyps.engine.gguf_file import check_gguf, open_gguf
+from pyps.engine.gguf_file import check_gguf, open_gguf, writing
 from pyps.engine.model import Model
 from pyps.engine.positions import check_joinable
 from pyps.errors import InputError
+from pyps.files import check_writable
 from pyps.forkjoin.branches import Branches, BranchResult, Cached
 
 _TYPE = "pyps-branches"
@@ -36,31 +37,34 @@ _HASH_SIZE = 32
 
 
 class _Saved(BaseModel):
-    """One branch, as the metadata has it."""
+    """A branch as the metadata describes it."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     name: str
     prompt: str
     text: str
     tokens: int = Field(ge=0)
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "error"]
 
 
 _SAVED = TypeAdapter(list[_Saved])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Slots:
-    """What a file holds. Arrays are views of the file, not copies.
+    """The content of a file of branches. Arrays are views of the file, not copies.
 
     Attributes:
-        path: the file.
-        model, arch, fingerprint: of the model it was written with; the last two must be those of the one that loads it.
-        kv_type: of the caches, as `pyps run --kv-type` takes it.
-        hadamard: sizes of the matrices that K and V of each cache are multiplied by; 0 for none.
-        long: whether positions are encoded for a long context (Model.long_context).
-        branches: name, prompt, text and number of tokens of each, in the order of their cells.
-        tokens, positions: int32 [cells] of all branches.
+        path: The file.
+        model: The name of the model that it was written with.
+        arch: That model's architecture; the model that loads the file must have the same.
+        fingerprint: That model's fingerprint; the model that loads the file must have the same.
+        kv_type: The type of the caches, as `pyps run --kv-type` takes it.
+        hadamard: The sizes of the matrices that K and V of each cache are multiplied by; 0 for none.
+        long: Whether positions are encoded for a long context (Model.long_context).
+        branches: Name, prompt, text and number of tokens of each branch, in the order of their cells.
+        tokens: int32 [cells] of all branches.
+        positions: int32 [cells] of all branches.
         layers: (K, V) of each layer: [cells, channels] of float16 or float32; uint8 [cells, bytes] for other types.
     """
 
@@ -77,17 +81,17 @@ class Slots:
     layers: list[tuple[NDArray[Any], NDArray[Any]]]
 
     def cells(self, branch: int) -> slice:
-        """Where a branch's rows are in all arrays."""
+        """Return where a branch's rows are in all arrays."""
         start = sum(b.tokens for b in self.branches[:branch])
         return slice(start, start + self.branches[branch].tokens)
 
     @property
     def n_bytes(self) -> int:
-        """Of K and V."""
+        """Bytes of K and V, all layers."""
         return sum(k.nbytes + v.nbytes for k, v in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the object that `pyps slots --json` prints."""
+        """Return the object that `pyps slots --json` prints."""
         return {
             "file": str(self.path),
             "model": self.model,
@@ -97,16 +101,18 @@ class Slots:
             "layers": len(self.layers),
             "cells": len(self.tokens),
             "bytes": self.n_bytes,
-            "branches": [_known(b) for b in self.branches],
+            "branches": [_saved_fields(branch) for branch in self.branches],
         }
 
 
 def write_slots(path: Path, branches: Sequence[Branches]) -> None:
-    """All these branches into one file, whole or not at all.
+    """Write branches into one file, whole or not at all.
 
     Raises:
-        InputError: there are none, they are of several models or cache types, or the file cannot be written.
+        InputError: There are no branches, they are of several models or cache types, or no file can be written there.
+        MachineError: The disk is full or fails.
     """
+    check_writable(path)
     cached = [(b.ctx, c) for b in branches for c in b.cached]
     if not cached:
         raise InputError("there are no branches to save")
@@ -114,68 +120,46 @@ def write_slots(path: Path, branches: Sequence[Branches]) -> None:
     for other, _ in cached:
         if other.model is not ctx.model or other.kv_type != ctx.kv_type or _is_long(other) != _is_long(ctx):
             raise InputError("branches of several models, or of caches of several types, do not go into one file")
-    spans = [native.read_span(x.address, c.seq, *span) for x, c in cached for span in c.spans]
-    writer = gguf.GGUFWriter(None, _TYPE)
-    writer.add_type(_TYPE)
-    writer.add_uint32("pyps.version", _VERSION)
-    writer.add_string("pyps.model.name", ctx.model.name)
-    writer.add_string("pyps.model.arch", ctx.model.arch)
-    writer.add_string("pyps.model.fingerprint", ctx.model.fingerprint)
-    writer.add_string("pyps.kv_type", ctx.kv_type)
-    writer.add_array("pyps.hadamard", native.hadamard(ctx.address))
-    writer.add_bool("pyps.long", _is_long(ctx))
-    saved = [_Saved(**_known(c.result) | {"tokens": len(c.tokens)}) for _, c in cached]
-    writer.add_string("pyps.branches", _SAVED.dump_json(saved).decode())
-    if spans:
-        ids = np.array([t for _, c in cached for t in c.tokens], np.int32)
-        writer.add_tensor("tokens", ids)
-        writer.add_tensor("positions", np.concatenate([np.array(pos, np.int32) for pos, _ in spans]))
-        types = [KV_TYPES[name] for name in split_kv_type(ctx.kv_type)]
-        for layer in range(len(spans[0][1])):
-            for name, i in (("k", 0), ("v", 1)):
-                rows = np.concatenate([layers[layer][i] for _, layers in spans])
-                writer.add_tensor(f"blk.{layer}.{name}", rows, raw_dtype=types[i])
-    partial = path.with_name(path.name + ".part")
-    try:
-        writer.write_header_to_file(partial)
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        with partial.open("ab") as file:
-            file.write(_hash(partial, partial.stat().st_size))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written (is the disk full?): {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def check_writable(path: Path) -> None:
-    """Raises InputError if branches could not be saved there: better before they are generated than after."""
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; name a file to save to")
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: the folder cannot be written to")
+    spans = [native.read_span(source.address, c.seq, *span) for source, c in cached for span in c.spans]
+    saved = [_Saved(**_saved_fields(c.result) | {"tokens": len(c.tokens)}) for _, c in cached]
+    with writing(path, _TYPE, seal=_append_hash) as writer:
+        writer.add_type(_TYPE)
+        writer.add_uint32("pyps.version", _VERSION)
+        writer.add_string("pyps.model.name", ctx.model.name)
+        writer.add_string("pyps.model.arch", ctx.model.arch)
+        writer.add_string("pyps.model.fingerprint", ctx.model.fingerprint)
+        writer.add_string("pyps.kv_type", ctx.kv_type)
+        writer.add_array("pyps.hadamard", native.hadamard(ctx.address))
+        writer.add_bool("pyps.long", _is_long(ctx))
+        writer.add_string("pyps.branches", _SAVED.dump_json(saved).decode())
+        if spans:
+            writer.add_tensor("tokens", np.array([token for _, c in cached for token in c.tokens], np.int32))
+            writer.add_tensor("positions", np.concatenate([np.array(pos, np.int32) for pos, _ in spans]))
+            types = [KV_TYPES[name] for name in split_kv_type(ctx.kv_type)]
+            for layer in range(len(spans[0][1])):
+                for name, i in (("k", 0), ("v", 1)):
+                    rows = np.concatenate([layers[layer][i] for _, layers in spans])
+                    writer.add_tensor(f"blk.{layer}.{name}", rows, raw_dtype=types[i])
 
 
 def read_slots(path: Path) -> Slots:
-    """Opens a file and checks all that can be checked without the model. Raises InputError."""
+    """Open a file of branches and check all that can be checked without the model.
+
+    Raises:
+        InputError: The file is missing, damaged, of a newer version, or not a file of branches.
+    """
     check_gguf(path, "branches")
     size = path.stat().st_size - _HASH_SIZE
     if size < 0 or _hash(path, size) != _tail(path):
-        raise InputError(f"{path}: the file is damaged or cut off, or no file of branches (its hash is another)")
+        raise InputError(f"{path}: the file is damaged or cut off, or not a file of branches (its hash differs)")
     with open_gguf(path, "branches") as reader:
 
         def value(key: str, type_: type) -> Any:
             field = reader.get_field(key)
-            found = field.contents() if field else None
-            if type(found) is not type_:
-                raise InputError(f"not a file of branches: {key} is missing or no {type_.__name__}")
-            return found
+            content = field.contents() if field else None
+            if type(content) is not type_:
+                raise InputError(f"not a file of branches: {key} is missing or not of type {type_.__name__}")
+            return content
 
         if value("general.type", str) != _TYPE or value("pyps.version", int) != _VERSION:
             raise InputError("not a file of branches, or one of a newer version of pyps")
@@ -184,25 +168,26 @@ def read_slots(path: Path) -> Slots:
         hadamard = value("pyps.hadamard", list)
         if not all(type(n) is int for n in hadamard):
             raise InputError("pyps.hadamard is not a list of numbers")
-        results = tuple(BranchResult(**b.model_dump()) for b in _SAVED.validate_json(value("pyps.branches", str)))
+        saved = _SAVED.validate_json(value("pyps.branches", str))
+        results = tuple(BranchResult(**branch.model_dump()) for branch in saved)
         if not 1 <= len(results) <= MAX_SEQUENCES:
             raise InputError(f"{len(results)} branches; 1 to {MAX_SEQUENCES} are possible")
-        n = sum(r.tokens for r in results)
-        tensors = {t.name: t for t in reader.tensors}
+        n_cells = sum(result.tokens for result in results)
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
 
         def array(name: str, type_: gguf.GGMLQuantizationType) -> NDArray[Any]:
             tensor = tensors.pop(name)
-            if tensor.tensor_type != type_ or tensor.data.shape[0] != n:
-                raise InputError(f"{name} should be {type_.name} of {n} rows")
+            if tensor.tensor_type != type_ or tensor.data.shape[0] != n_cells:
+                raise InputError(f"{name} should be {type_.name} of {n_cells} rows")
             return tensor.data
 
         tokens = positions = np.zeros(0, np.int32)
         layers = []
-        if n:
+        if n_cells:
             tokens = array("tokens", gguf.GGMLQuantizationType.I32)
             positions = array("positions", gguf.GGMLQuantizationType.I32)
             if tokens.ndim != 1 or positions.ndim != 1 or tokens.min() < 0 or positions.min() < 0:
-                raise InputError("tokens and positions should be numbers from 0 on, one a cell")
+                raise InputError("tokens and positions should be numbers from 0 on, one per cell")
             for i in range(len(tensors) // 2):
                 k, v = array(f"blk.{i}.k", types[0]), array(f"blk.{i}.v", types[1])
                 if k.ndim != 2 or v.ndim != 2:
@@ -213,41 +198,45 @@ def read_slots(path: Path) -> Slots:
         if tensors:
             raise InputError(f"{', '.join(sorted(tensors)[:3])}: tensors that do not belong there")
         slots = Slots(
-            path,
-            value("pyps.model.name", str),
-            value("pyps.model.arch", str),
-            value("pyps.model.fingerprint", str),
-            kv_type,
-            hadamard,
-            value("pyps.long", bool),
-            results,
-            tokens,
-            positions,
-            layers,
+            path=path,
+            model=value("pyps.model.name", str),
+            arch=value("pyps.model.arch", str),
+            fingerprint=value("pyps.model.fingerprint", str),
+            kv_type=kv_type,
+            hadamard=hadamard,
+            long=value("pyps.long", bool),
+            branches=results,
+            tokens=tokens,
+            positions=positions,
+            layers=layers,
         )
         for i in range(len(results)):
-            here = positions[slots.cells(i)].astype(np.int64)
-            if (np.diff(here) < 0).any():
+            steps = np.diff(positions[slots.cells(i)].astype(np.int64))
+            if (steps < 0).any():
                 raise InputError(f"the positions of branch {i + 1} do not rise")
         return slots
 
 
 def load_slots(slots: Slots, model: Model, threads: int | None = None) -> Branches:
-    """The branches in a context of their own, as if they had been generated there.
+    """Put branches into a context of their own, as if they had been generated there.
+
+    Args:
+        slots: The branches, as read_slots returns them.
+        model: A model with the same weights as theirs.
+        threads: How many threads the context computes with; None for what suits the machine.
 
     Raises:
-        InputError: they are of another model, or do not fit into this machine.
-        RefusedError: this model's caches cannot be joined.
+        InputError: The branches are another model's, or do not fit into this machine.
+        RefusedError: This model's caches cannot be joined.
     """
     check_joinable(model)
-    mine = model.arch, model.fingerprint
-    if mine != (slots.arch, slots.fingerprint):
+    if (model.arch, model.fingerprint) != (slots.arch, slots.fingerprint):
         raise InputError(
             f"{slots.path} was written with {slots.model} ({slots.arch}): its caches mean nothing to {model.name}"
         )
     lengths = [b.tokens for b in slots.branches]
     limit = model.long_context
-    # one buffer for all, as branches may be of any length; but LongRoPE goes by the cells that a sequence has
+    # One buffer for all, since branches may be of any length; but LongRoPE depends on how many cells a sequence has.
     n_ctx = max(lengths, default=1) if limit else sum(lengths)
     ctx = Context(
         model,
@@ -260,9 +249,9 @@ def load_slots(slots: Slots, model: Model, threads: int | None = None) -> Branch
     )
     try:
         if _is_long(ctx) != slots.long:
-            raise InputError(f"{slots.path}: its branches are longer than what their positions are encoded for")
+            raise InputError(f"{slots.path}: its branches are longer than their positions are encoded for")
         if native.hadamard(ctx.address) != slots.hadamard:
-            raise InputError(f"{slots.path}: its caches are stored in another way than this llama.cpp does")
+            raise InputError(f"{slots.path}: its caches are stored in another way than this llama.cpp stores them")
         cached = []
         for seq, result in enumerate(slots.branches):
             cells = slots.cells(seq)
@@ -277,8 +266,9 @@ def load_slots(slots: Slots, model: Model, threads: int | None = None) -> Branch
     return Branches(ctx, cached)
 
 
-# Of the number that carries the magnitude: its size, which bits are its exponent, and from where on they mean 2^15 or
-# more, infinity, or no number. Of quantised types that is the scale of a block; there from 2^8 on.
+# For the number that carries the magnitude, which is a block's scale in quantised types: an unsigned integer of its
+# size, the bits of its exponent, and the exponent from which on it is too large: 2^15, or 2^8 for a scale. Infinity and
+# what is not a number have larger exponents still.
 _LARGE: dict[gguf.GGMLQuantizationType, tuple[type, int, int]] = {
     gguf.GGMLQuantizationType.F16: (np.uint16, 0x7C00, 0x7800),
     gguf.GGMLQuantizationType.BF16: (np.uint16, 0x7F80, 0x4700),
@@ -289,7 +279,7 @@ _LARGE: dict[gguf.GGMLQuantizationType, tuple[type, int, int]] = {
 
 
 def _plausible(rows: NDArray[Any], type_: gguf.GGMLQuantizationType) -> bool:
-    """False if there is anything that could become infinite, or no number, on its way through a join."""
+    """Return False if a value could become infinite, or not a number, on its way through a join."""
     unsigned, exponent, large = _LARGE[type_]
     values = rows.view(np.uint8)
     if type_ in (gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_0):
@@ -298,20 +288,23 @@ def _plausible(rows: NDArray[Any], type_: gguf.GGMLQuantizationType) -> bool:
 
 
 def _spans(positions: list[int]) -> tuple[tuple[int, int], ...]:
-    """Of rising positions: [start, end) of each stretch without a gap."""
+    """Return [start, end) of each stretch without a gap in rising positions."""
     cuts = [i for i in range(1, len(positions)) if positions[i] - positions[i - 1] > 1]
     parts = zip([0, *cuts], [*cuts, len(positions)], strict=True)
     return tuple((positions[a], positions[b - 1] + 1) for a, b in parts) if positions else ()
 
 
-def _known(result: BranchResult) -> dict[str, Any]:
-    """What a file has of a result. Of texts, what is no Unicode (an argument's stray bytes) is replaced."""
-    known = {k: v for k, v in asdict(result).items() if k in _Saved.model_fields}
-    return {k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in known.items()}
+def _saved_fields(result: BranchResult) -> dict[str, Any]:
+    """Return the fields of a result that a file holds, with "?" for what is not Unicode (arguments' stray bytes)."""
+    fields = {name: value for name, value in asdict(result).items() if name in _Saved.model_fields}
+    return {
+        name: value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+        for name, value in fields.items()
+    }
 
 
 def _bytes(rows: NDArray[Any]) -> NDArray[np.uint8]:
-    """[cells, bytes]."""
+    """Return rows as bytes, [cells, bytes]."""
     return np.ascontiguousarray(rows).view(np.uint8)
 
 
@@ -319,14 +312,20 @@ def _is_long(ctx: Context) -> bool:
     return bool(ctx.model.long_context) and ctx.n_ctx > ctx.model.long_context
 
 
+def _append_hash(path: Path) -> None:
+    digest = _hash(path, path.stat().st_size)
+    with path.open("ab") as file:
+        file.write(digest)
+
+
 def _hash(path: Path, size: int) -> bytes:
-    """SHA-256 of the first size bytes."""
-    found = hashlib.sha256()
+    """Return the SHA-256 of the first `size` bytes."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         while size > 0 and (chunk := file.read(min(size, 1 << 20))):
-            found.update(chunk)
+            digest.update(chunk)
             size -= len(chunk)
-    return found.digest()
+    return digest.digest()
 
 
 def _tail(path: Path) -> bytes:

@@ -14,7 +14,6 @@ The messages are a conversation, mostly a system message and the task. If the us
 continues that turn; after an assistant's or a tool's message it is a turn of its own.
 """
 
-import os.path
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -109,7 +108,7 @@ class Layout:
             fork_point, own = len(prefix), self._frame.after_prefix(instruction.text)
             if instruction.task is not None or instruction.system is not None:
                 whole = self._own_prompt(instruction)
-                fork_point = min(len(os.path.commonprefix([prefix, whole])), len(whole) - 1)
+                fork_point = min(_n_common(prefix, whole), len(whole) - 1)
                 own = whole[fork_point:]
             fork_points.append(fork_point)
             tokens.append(own)
@@ -195,7 +194,7 @@ class _Frame:
         else:
             whole, self._tail = self._cut(model.render_chat([*marked, {"role": "user", "content": _REST}]))
             closed = model.render_chat(marked)
-            head = os.path.commonprefix([whole, closed])
+            head = whole[: _n_common(whole, closed)]
             self._before_text, self._without_text = whole[len(head) :], closed[len(head) :]
         self.prefix = model.tokenize(head, start=True)
 
@@ -211,6 +210,12 @@ class _Frame:
         """Return the tokens of what the user goes on to say, and of the header of the assistant's turn."""
         text = self._model.as_data(text.strip())
         return self._model.tokenize(f"{self._before_text}{text}{self._tail}" if text else self._without_text)
+
+
+def _n_common(a: Sequence[object], b: Sequence[object]) -> int:
+    """Return how many items both begin with."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def follow_up(model: Model, text: str) -> list[int]:

@@ -1,1 +1,1 @@
-"""Training of adapters, in PyTorch. Needs `pip install pyps[train]`; nothing else in pyps imports it."""
+"""Training of adapters, in PyTorch (pip install 'pyps-llama[train]'); nothing else in pyps imports it."""

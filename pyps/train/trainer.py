@@ -19,8 +19,8 @@ import yaml
 from pydantic import ValidationError
 from torch.nn.functional import cross_entropy
 
-from pyps.adapters.mapper import Mapper
-from pyps.convert.lora import Lora, Shape, read_adapter, write_adapter
+from pyps.adapters.format import AdapterMetadata
+from pyps.convert.lora import BaseShape, Lora, read_adapter, write_adapter
 from pyps.data.example import read_examples
 from pyps.engine.find import find_adapter, find_model
 from pyps.engine.model import Model
@@ -266,17 +266,16 @@ class Trainer:
             partial.replace(output / CHECKPOINT)
         finally:
             partial.unlink(missing_ok=True)
-        write_adapter(
-            output / ADAPTER,
-            self._shape,
-            extract_lora(self.synthesis.model),
-            float(self.config.lora.alpha),
-            self.synthesis.mapper.to_runtime(),
+        metadata = AdapterMetadata(
+            arch=self._shape.arch,
+            alpha=float(self.config.lora.alpha),
             layout=self.config.layout,
             in_order=self.config.in_order,
+            mapper=self.synthesis.mapper.to_runtime(),
             base_name=self._base[0],
             base_fingerprint=self._base[1],
         )
+        write_adapter(output / ADAPTER, self._shape, extract_lora(self.synthesis.model), metadata)
 
     def _resume(self) -> None:
         path = self.config.output / CHECKPOINT
@@ -343,7 +342,7 @@ def _check_output(config: TrainConfig) -> None:
         raise InputError(f"{path}: not a config of this version of pyps: remove {config.output} ({error})") from None
 
 
-def _build(config: TrainConfig, path: Path, arch: str) -> tuple[Synthesis, Shape]:
+def _build(config: TrainConfig, path: Path, arch: str) -> tuple[Synthesis, BaseShape]:
     torch.manual_seed(config.seed)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -364,7 +363,7 @@ def _build(config: TrainConfig, path: Path, arch: str) -> tuple[Synthesis, Shape
         task_type="CAUSAL_LM",
     )
     text = base.config.get_text_config()
-    shape = Shape(arch, text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads)
+    shape = BaseShape(arch, text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads)
     shape.check()
     try:
         model = peft.get_peft_model(base, lora)
@@ -373,22 +372,22 @@ def _build(config: TrainConfig, path: Path, arch: str) -> tuple[Synthesis, Shape
     return Synthesis(model, CacheMapper(config.mapper.features, config.mapper.hidden)), shape
 
 
-def load_adapter(synthesis: Synthesis, path: Path, shape: Shape) -> None:
+def load_adapter(synthesis: Synthesis, path: Path, shape: BaseShape) -> None:
     """Gives a model with a LoRA the values of an adapter file. Raises InputError if they are of other shapes."""
-    metadata, lora, alpha = read_adapter(path, shape)
+    metadata, lora = read_adapter(path, shape)
     linear = {n: m for n, m in synthesis.model.get_base_model().named_modules() if hasattr(m, "lora_A")}
     parts = {n: (m.lora_A["default"].weight, m.lora_B["default"].weight) for n, m in linear.items()}
     has = {n: (tuple(a.shape), tuple(b.shape)) for n, (a, b) in parts.items()}
     if has != {n: (a.shape, b.shape) for n, (a, b) in lora.items()}:
         raise InputError(f"{path}: its LoRA has other layers or another rank than lora says")
-    mapper = Mapper.from_metadata(metadata)
+    mapper = metadata.mapper
     mine = synthesis.mapper
     if mapper and (mapper.features, len(mapper.b1)) != (mine.features, mine.inner.out_features):
         raise InputError(f"{path}: its mapper has other inputs or another size than mapper says")
     with torch.no_grad():
         for name, (a, b) in lora.items():
             # the scale is the file's alpha over the rank there, and this run's here
-            scale = np.float32(alpha / (linear[name].scaling["default"] * a.shape[0]))
+            scale = np.float32(metadata.alpha / (linear[name].scaling["default"] * a.shape[0]))
             parts[name][0].copy_(torch.from_numpy(a.copy()))
             parts[name][1].copy_(torch.from_numpy(b * scale))
         if mapper:

@@ -30,7 +30,7 @@ def to_float(data: NDArray[np.uint8], kv_type: str) -> NDArray[np.float32]:
     if kv_type == "f16":
         return data.view(np.float16).astype(np.float32)
     if kv_type in ("q8_0", "q4_0"):
-        return dequantize(data, GGMLQuantizationType[kv_type.upper()])
+        return np.asarray(dequantize(data, GGMLQuantizationType[kv_type.upper()]), np.float32)
     return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)  # bf16
 
 
@@ -40,7 +40,7 @@ def hadamard(values: NDArray[np.float32], n: int) -> NDArray[np.float32]:
     while len(matrix) < n:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     blocks = values.reshape(len(values), -1, n) @ (matrix / np.sqrt(n))
-    return blocks.reshape(values.shape).astype(np.float32)
+    return np.asarray(blocks.reshape(values.shape), np.float32)
 
 
 def quantisation_steps(values: NDArray[np.float32], kv_type: str) -> NDArray[np.float32]:
@@ -95,7 +95,7 @@ def rotate(k: NDArray[np.float32], delta: int, head_dim: int, base: float, neox:
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     x = logits.astype(np.float64)
     x -= x.max(axis=-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+    return np.asarray(x - np.log(np.exp(x).sum(axis=-1, keepdims=True)), np.float64)
 
 
 def kl(p_logits: NDArray[np.float32], q_logits: NDArray[np.float32]) -> float:

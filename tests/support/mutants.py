@@ -1,7 +1,7 @@
 """Breaks the implementation on purpose, one line at a time, and sees whether the tests notice: `make mutants`.
 
-A test that cannot fail shows nothing. Each mutant is a copy of the repository with one line changed, built into an
-environment of its own; the tests named with it must fail there, and pass in a copy that is left as it is. With
+A test that cannot fail shows nothing. Each mutant is one changed line in a copy of the repository that has an
+environment of its own; the tests named with it must fail there, and pass while all lines are as they are. With
 arguments: only the mutants in whose names they occur.
 """
 
@@ -11,6 +11,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +21,11 @@ ROOT = Path(__file__).parent.parent.parent
 
 @dataclass(frozen=True)
 class Mutant:
+    """A line of a file, what it is changed to, and the tests that must notice."""
+
     name: str
     file: str
-    line: str  # what is there
+    line: str  # as it is, or several
     wrong: str
     tests: tuple[str, ...]
 
@@ -35,49 +39,49 @@ SYNTHESIS = "tests/test_train_synthesis.py"
 MUTANTS = [
     Mutant(
         "the rotation has the wrong sign",
-        "native/join.cpp",
-        "shift.insert(shift.end(), part.n, part.delta);",
-        "shift.insert(shift.end(), part.n, -part.delta);",
+        "native/plan.cpp",
+        "shift.insert(shift.end(), part.n_cells, part.delta);",
+        "shift.insert(shift.end(), part.n_cells, -part.delta);",
         (ROTATION, TRIED),
     ),
     Mutant(
         "the Hadamard matrices are skipped",
-        "native/join.cpp",
-        "        if (!matrix) {",
-        "        if (matrix || !matrix) {",
+        "native/layer_graph.cpp",
+        "    if (!matrix) {",
+        "    if (matrix || !matrix) {",
         ("tests/test_join.py::test_contents_of_quantised_caches", f"{ORACLE}[llama-64-q8_0-flash_attn-equal-lora]"),
     ),
     Mutant(
         "V is left unmapped",
-        "native/join.cpp",
-        "        return mapped(v, p, affine, &Affine::a_v, &Affine::b_v);",
-        "        (void) p; (void) affine; return v;",
+        "native/layer_graph.cpp",
+        "    return mapped(v, p, &Affine::a_v, &Affine::b_v);",
+        "    (void) p; return v;",
         (ROTATION, f"{ORACLE}[llama-f32-prefix-equal-mapped-lora]"),
     ),
     Mutant(
         "the mapper's layer is off by one",
-        "native/join.cpp",
-        "&affine[p.first_span * rotates.size() + from.number]",
-        "&affine[p.first_span * rotates.size() + (from.number + 1) % rotates.size()]",
+        "native/plan.h",
+        "data[span * n_layers + layer]",
+        "data[span * n_layers + (layer + 1) % n_layers]",
         (ROTATION, f"{ORACLE}[llama-f32-prefix-equal-mapped-lora]"),
     ),
     Mutant(
         "in one graph for all, spans are mapped as the first one",
-        "native/join.cpp",
-        "const Affine & first = affine[i * n_layers_];",
-        "const Affine & first = affine[0];",
+        "native/layer_graph.cpp",
+        "const Affine & first = coefficients_.at(p.first_span + i, from_.number);",
+        "const Affine & first = coefficients_.at(p.first_span, from_.number);",
         (ROTATION,),
     ),
     Mutant(
         "global layers are turned by the sliding window's RoPE base",
-        "native/cache.cpp",
+        "native/llama_cache.cpp",
         "model.get_rope_freq_base(cp, il)",
         "model.get_rope_freq_base(cp, 0)",
         ("tests/test_join.py::test_both_caches_of_a_sliding_window_model",),
     ),
     Mutant(
         "YaRN's magnitude is applied twice",
-        "native/join.cpp",
+        "native/layer_graph.cpp",
         "r.ext_factor == 0.0f ? 1.0f : 1.0f / (1.0f + 0.1f * logf(1.0f / r.freq_scale));",
         "1.0f;",
         (f"{MOVED}[llama-yarn]", f"{ORACLE}[gpt-oss-f32-prefix-equal-mapped-lora]"),
@@ -125,7 +129,7 @@ MUTANTS = [
     ),
     Mutant(
         "cells are taken in the order of the cache, not of positions",
-        "native/join.cpp",
+        "native/plan.cpp",
         "            p.src.push_back(c);",
         "            p.src.insert(std::upper_bound(p.src.begin(), p.src.end(), c, by_index), c);",
         ("tests/test_join.py::test_any_joins_do_what_the_model_says",),
@@ -175,8 +179,8 @@ MUTANTS = [
     Mutant(
         "rsLoRA is taken for LoRA",
         "convert/peft.py",
-        '        scaling = wanted / (math.sqrt(rank) if config.get("use_rslora") else rank)',
-        "        scaling = wanted / rank",
+        '        scaling = module_alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)',
+        "        scaling = module_alpha / rank",
         ("tests/test_convert.py::test_ranks_and_alphas_that_differ_between_layers[config2]",),
     ),
     Mutant(
@@ -196,8 +200,8 @@ MUTANTS = [
     Mutant(
         "V is written to disk as it lies in the cache",
         "native/rows.cpp",
-        "        transpose(v + run.from * v_row, channels.data(), l.n_embd_v, run.n, size);",
-        "        std::memcpy(v + run.from * v_row, channels.data(), channels.size());",
+        "        transpose(v, channels.data(), l.n_embd_v, run.n, size);",
+        "        std::memcpy(v, channels.data(), channels.size());",
         ("tests/test_slots.py::test_every_cell_survives[llama-f16]",),
     ),
     Mutant(
@@ -212,7 +216,7 @@ MUTANTS = [
         "pyps/forkjoin/forkjoin.py",
         "None if affine is None else affine[of]",
         "None if affine is None else affine[: len(of)]",
-        ("tests/test_tree.py::test_its_caches_are_the_oracles[qwen2]",),
+        ("tests/test_joins_of_joins.py::test_its_caches_are_the_oracles[qwen2]",),
     ),
     Mutant(
         "what is left out of a branch leaves a gap",
@@ -224,7 +228,7 @@ MUTANTS = [
     Mutant(
         "control tokens in data are control tokens",
         "pyps/engine/model.py",
-        '        return self._control.sub(lambda found: f"\\ue001{found[0]}\\ue002", text)',
+        '        return self._control.sub(lambda match: f"\\ue001{match[0]}\\ue002", text)',
         "        return text",
         (
             "tests/test_layout.py::test_control_tokens_in_data_stay_text",
@@ -234,90 +238,101 @@ MUTANTS = [
 ]
 
 
-def build(folder: Path, mutant: Mutant | None) -> Path:
-    """A copy of the repository, changed, built and installed; returns its Python."""
-    copy = folder / "copy"
-    for name in subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split():
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, copy / name)
-    if mutant:
-        path = copy / mutant.file
-        text = path.read_text()
+class Workshop:
+    """An environment with a pyps of its own, built from a copy of the repository, in which lines can be changed.
+
+    A line of Python is changed where it is installed; only one of native/ needs a build, which compiles what changed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._source, self._tests, venv = folder / "source", folder / "tests", folder / "venv"
+        listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for name in listing.split():
+            for copy in (self._source, self._tests):
+                # tests run without these sources, which they would import instead of what was built from them
+                if copy == self._source or not name.startswith("pyps/"):
+                    (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(ROOT / name, copy / name, follow_symlinks=False)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+        self._python = venv / "bin" / "python"
+        # everything but pyps comes from here; a path in a .pth file does not bring our editable pyps along
+        words = [str(self._python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+        self._installed = Path(subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip())
+        (self._installed / "parent.pth").write_text("\n".join(p for p in sys.path if p.endswith("-packages")))
+        # beside pyps, as its libraries expect
+        (self._installed / "llama_cpp").symlink_to(Path(sysconfig.get_path("purelib"), "llama_cpp"))
+        # where they stay for the next build: a build environment of pip's own is another one each time
+        self._pip("--ignore-installed", "scikit-build-core>=0.11", "nanobind>=2.4", "cmake", "ninja")
+        self._build()
+
+    def _pip(self, *words: str) -> None:
+        pip = [sys.executable, "-m", "pip", "--python", str(self._python), "install", "--quiet"]
+        subprocess.run([*pip, *words], check=True, env=self._env)
+
+    @property
+    def _env(self) -> dict[str, str]:
+        return os.environ | {"PATH": f"{self._python.parent}{os.pathsep}{os.environ['PATH']}"}
+
+    def _build(self) -> None:
+        # without bytecode, which could outlive the line it was compiled from
+        self._pip("--no-deps", "--force-reinstall", "--no-build-isolation", "--no-compile", str(self._source))
+
+    @contextmanager
+    def changed(self, mutant: Mutant) -> Iterator[None]:
+        """Change the line for as long as the block takes."""
+        native = mutant.file.startswith("native/")
+        folder = self._source if native else self._installed
+        path = folder / (f"pyps/{mutant.file}" if mutant.file.startswith("convert/") else mutant.file)
+        text = path.read_text(encoding="utf-8")
         assert text.count(mutant.line) == 1, f"{mutant.file} does not have this once: {mutant.line}"
-        path.write_text(text.replace(mutant.line, mutant.wrong))
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
-    python = folder / "venv" / "bin" / "python"
-    # everything but pyps comes from here; a path in a .pth file does not bring our editable pyps along
-    ours = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    parent = sysconfig.get_path("purelib")
-    Path(ours, "parent.pth").write_text(parent)
-    Path(ours, "llama_cpp").symlink_to(Path(parent, "llama_cpp"))  # beside pyps, as its libraries expect
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--ignore-installed",
-        copy,
-    ]
-    subprocess.run(pip, check=True)
-    shutil.rmtree(copy / "pyps")  # or tests would import these sources, not what was built from them
-    return python
+        path.write_text(text.replace(mutant.line, mutant.wrong), encoding="utf-8")
+        try:
+            if native:
+                self._build()
+            yield
+        finally:
+            path.write_text(text, encoding="utf-8")
 
-
-def failures(python: Path, copy: Path, tests: tuple[str, ...]) -> list[str]:
-    """Which of the tests fail. "file.py[case]" is a case of the file's only test."""
-    found = []
-    for test in tests:
-        words = [test]
-        if "[" in test and "::" not in test:
-            file, case = test.removesuffix("]").split("[")
-            words = [file, "-m", "exact or not exact", "-k", f"[{case}]"]
-        done = subprocess.run(
-            [python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *words],
-            cwd=copy,
-            capture_output=True,
-            text=True,
-            env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-        )
-        # 1: tests have failed. Negative: the process died, which is noticed, too. Others: pytest could not run them
-        if done.returncode == 1 or done.returncode < 0:
-            found.append(test)
-        elif done.returncode:
-            raise SystemExit(f"{test} could not be run:\n{done.stdout}{done.stderr}")
-    return found
+    def failures(self, tests: Sequence[str]) -> list[str]:
+        """Return those of the tests that fail. "file.py[case]" is a case of the file's only test."""
+        failed = []
+        for test in tests:
+            words = [test]
+            if "[" in test and "::" not in test:
+                file, case = test.removesuffix("]").split("[")
+                words = [file, "-m", "exact or not exact", "-k", f"[{case}]"]
+            done = subprocess.run(
+                [self._python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *words],
+                cwd=self._tests,
+                capture_output=True,
+                text=True,
+                env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+            )
+            # 1: tests have failed. Negative: the process died, which is noticed, too. Others: pytest could not run them
+            if done.returncode == 1 or done.returncode < 0:
+                failed.append(test)
+            elif done.returncode:
+                raise SystemExit(f"{test} could not be run:\n{done.stdout}{done.stderr}")
+        return failed
 
 
 def main() -> None:
-    survived = []
     chosen = [m for m in MUTANTS if all(word in m.name for word in sys.argv[1:])]
-    for mutant in [None, *chosen]:
-        tests = mutant.tests if mutant else tuple(dict.fromkeys(t for m in chosen for t in m.tests))
-        with tempfile.TemporaryDirectory() as folder:
-            python = build(Path(folder), mutant)
-            failed = failures(python, Path(folder) / "copy", tests)
-        if mutant is None:
-            if failed:
-                raise SystemExit(f"fail without a mutant: {', '.join(failed)}")
-            print(f"{len(tests)} tests pass on the code as it is", flush=True)
-            continue
-        print(
-            f"{mutant.name}\n" + "\n".join(f"  {'caught by' if t in failed else 'NOT BY'} {t}" for t in tests),
-            flush=True,
-        )
-        if set(tests) - set(failed):
-            survived.append(mutant.name)
+    chosen.sort(key=lambda m: m.file.startswith("native/"))  # last, so that Python's run on the code as it is
+    tests = tuple(dict.fromkeys(t for m in chosen for t in m.tests))
+    survived = []
+    with tempfile.TemporaryDirectory() as folder:
+        workshop = Workshop(Path(folder))
+        if failed := workshop.failures(tests):
+            raise SystemExit(f"fail without a mutant: {', '.join(failed)}")
+        print(f"{len(tests)} tests pass on the code as it is", flush=True)
+        for mutant in chosen:
+            with workshop.changed(mutant):
+                failed = workshop.failures(mutant.tests)
+            print(mutant.name, *(f"  {'caught by' if t in failed else 'NOT BY'} {t}" for t in mutant.tests), sep="\n")
+            sys.stdout.flush()
+            if len(failed) < len(mutant.tests):
+                survived.append(mutant.name)
     if survived:
         raise SystemExit(f"not noticed: {'; '.join(survived)}")
     print(f"{len(chosen)} mutants, all noticed")

@@ -165,7 +165,8 @@ class Oracle:
             case arch:
                 name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[arch]
                 config = getattr(transformers, f"{name}Config")(**common, rope_parameters=rope)
-        model: Any = transformers.AutoModelForCausalLM.from_config(config)
+        build: Any = transformers.AutoModelForCausalLM.from_config
+        model: Any = build(config)
         model.load_state_dict(self._state(weights), strict=True)
         if self._factors is not None:
             model.model.rotary_emb.inv_freq /= self._factors
@@ -182,13 +183,17 @@ class Oracle:
         for i in range(self.n_layers if "blk.0.ffn_gate_exps.weight" in weights else 0):
             part = {kind: weights.get(f"blk.{i}.ffn_{kind}") for kind in _EXPERTS}
             gate, up, down = part["gate_exps.weight"], part["up_exps.weight"], part["down_exps.weight"]
-            assert gate is not None and up is not None and down is not None
+            assert gate is not None
+            assert up is not None
+            assert down is not None
             to = f"model.layers.{i}.mlp.experts"
             if self._arch == "gpt-oss":  # gate and up alternate, inputs come first
                 state[f"{to}.gate_up_proj"] = torch.stack([gate, up], dim=2).flatten(1, 2).transpose(1, 2)
                 state[f"{to}.down_proj"] = down.transpose(1, 2)
                 gate_bias, up_bias, down_bias = (part[f"{n}_exps.bias"] for n in ("gate", "up", "down"))
-                assert gate_bias is not None and up_bias is not None and down_bias is not None
+                assert gate_bias is not None
+                assert up_bias is not None
+                assert down_bias is not None
                 state[f"{to}.gate_up_proj_bias"] = torch.stack([gate_bias, up_bias], dim=2).flatten(1, 2)
                 state[f"{to}.down_proj_bias"] = down_bias
             else:

@@ -4,10 +4,12 @@ The vocabulary is the 256 bytes, two ChatML tokens and an end of text, so any te
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import gguf
 import numpy as np
+
+from pyps.engine.model import Model
 
 N_EMBD, N_HEAD, N_HEAD_KV, HEAD_DIM, N_FF = 64, 4, 2, 16, 96
 
@@ -26,6 +28,12 @@ _SSM = {
     "ssm_d": (128,),
     "ssm_out.weight": (64, 128),
 }
+
+
+class TinyModel(Protocol):
+    """The fixture `tiny_model` (conftest.py): loads a model that write_model has written with these arguments."""
+
+    def __call__(self, arch: str = "llama", **changes: Any) -> Model: ...
 
 
 def _byte_tokens() -> list[str]:

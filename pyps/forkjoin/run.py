@@ -1,0 +1,328 @@
+"""A plan carried out: the prefix, the branches, the join, the answer."""
+
+import time
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+from pyps.agents.agent import Agent, run_agents
+from pyps.agents.tools import ToolCall
+from pyps.engine.context import Context
+from pyps.engine.generate import FinishReason, Stopped
+from pyps.engine.join import Span, join
+from pyps.errors import InputError
+from pyps.forkjoin.branches import Branches, BranchResult, Cached
+from pyps.forkjoin.events import (
+    AnswerToken,
+    BranchDone,
+    BranchToken,
+    Done,
+    Event,
+    Joined,
+    Mode,
+    Result,
+    Synthesis,
+    Timing,
+    Tokens,
+    ToolCalled,
+)
+from pyps.forkjoin.plan import Plan, PlannedAnswer
+from pyps.forkjoin.slots import write_slots
+from pyps.forkjoin.synthesis import Synthesizer, placement
+
+
+def finish_reason(reason: FinishReason | None) -> FinishReason:
+    """Return why a generation ended; one that an interruption cut off has simply become as long as it will be."""
+    return reason or "length"
+
+
+def _ms_since(began: float) -> float:
+    return (time.perf_counter() - began) * 1e3
+
+
+@dataclass(frozen=True)
+class _Forked:
+    """The branches at their ends.
+
+    Attributes:
+        branches: All that this run generated.
+        last_token: When the last token was chosen (time.perf_counter).
+        flush_ms: Milliseconds that its K and V took: they are part of the time to first token.
+    """
+
+    branches: Branches
+    last_token: float
+    flush_ms: float
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a synthesizer has said, and when.
+
+    Attributes:
+        agent: The synthesizer's sequence.
+        prefill_ms: From the beginning of its prompt to the answer's first token.
+        total_ms: From the beginning of its prompt to the answer's end.
+    """
+
+    agent: Agent
+    prefill_ms: float
+    total_ms: float
+
+    def synthesis(self, tokens: Tokens, timing: Timing) -> Synthesis:
+        return Synthesis(
+            answer=self.agent.answer,
+            finish_reason=finish_reason(self.agent.turn.finish_reason),
+            tokens=replace(tokens, generated=len(self.agent.tokens_of(self.agent.stretches("final")))),
+            timing_ms=timing,
+            calls=tuple(self.agent.calls),
+        )
+
+
+class Run:
+    """One fork-join from beginning to end. Its contexts live as long as it does.
+
+    Args:
+        plan: What is done.
+        stopped: Asked at every token; once true, the run ends early with what there is.
+    """
+
+    def __init__(self, plan: Plan, stopped: Stopped) -> None:
+        self._plan, self._stopped = plan, stopped
+        self._model = plan.setting.model
+
+    def fork(self) -> Branches:
+        """Run the branches alone, and return them. Raises InputError and EngineError."""
+        ctx = self._open_branches()
+        try:
+            self._read_prefix(ctx, None)
+            events = self._run_branches(ctx)
+            while True:
+                next(events)
+        except StopIteration as end:
+            forked: _Forked = end.value
+            return forked.branches
+        except BaseException:
+            ctx.close()
+            raise
+
+    def events(self) -> Generator[Event, None, None]:
+        """Run everything, reporting as it goes; the last event is Done. Raises InputError and EngineError."""
+        plan, answer = self._plan, self._plan.answer
+        assert answer is not None
+        began = time.perf_counter()
+        with ExitStack() as contexts:
+            ctx = contexts.enter_context(self._open_branches())
+            synthesizer = None
+            if answer.mode == "cache":
+                synthesizer = contexts.enter_context(self._open_synthesizer(answer))
+                synthesizer.warm_up()
+            self._read_prefix(ctx, synthesizer)
+            joined_results = plan.joined_results
+            for i, result in enumerate(joined_results):
+                yield BranchDone(i, result)
+            forked = yield from self._run_branches(ctx)
+            branches_ms = (forked.last_token - began) * 1e3
+            results = (*joined_results, *forked.branches.results)
+            self._check_some_said(results)
+
+            synthesis, compare, kept = _nothing(branches_ms), None, None
+            if self._stopped():
+                pass
+            elif synthesizer:
+                synthesis, cached = yield from self._answer_from_caches(synthesizer, answer, forked)
+                if answer.keep:
+                    kept = Branches(synthesizer.decoder, [cached])
+                if answer.keep and synthesizer.reader is not synthesizer.decoder:
+                    synthesizer.reader.close()
+                if not answer.keep:
+                    synthesizer.close()
+            else:
+                synthesis = yield from self._answer_from_texts(ctx, answer, results)
+            total_ms = _ms_since(began)
+            if answer.save and len(forked.branches):
+                write_slots(answer.save, [forked.branches])
+            if answer.compare and not self._stopped():
+                compare = yield from self._answer_from_texts(ctx, answer, results)
+                timing = replace(compare.timing_ms, branches=branches_ms, total=branches_ms + compare.timing_ms.total)
+                compare = replace(compare, timing_ms=timing)
+            if kept:
+                contexts.pop_all()
+                ctx.close()
+        setting = plan.setting
+        yield Done(
+            Result(
+                model=self._model.name,
+                adapter=str(setting.adapter.path) if setting.adapter else None,
+                mode=answer.mode,
+                layout=setting.layout,
+                seed=plan.seed,
+                answer=synthesis.answer,
+                finish_reason=synthesis.finish_reason,
+                branches=results,
+                tokens=synthesis.tokens,
+                timing_ms=replace(synthesis.timing_ms, branches=branches_ms, total=total_ms),
+                compare=compare,
+                interrupted=self._stopped(),
+                calls=synthesis.calls,
+                kept=kept,
+            )
+        )
+
+    def _open_branches(self) -> Context:
+        plan = self._plan
+        return plan.setting.options.open(self._model, plan.branch_cells, max(len(plan.branches), 1))
+
+    def _open_synthesizer(self, answer: PlannedAnswer) -> Synthesizer:
+        setting = self._plan.setting
+        return Synthesizer(
+            self._model,
+            prompt=len(answer.prompt),
+            cells=answer.cells,
+            after=answer.after,
+            options=setting.options,
+            adapter=setting.adapter,
+        )
+
+    def _read_prefix(self, ctx: Context, synthesizer: Synthesizer | None) -> None:
+        """Compute the prefix once, for every branch, and for a synthesizer that keeps it. A branch with a task or
+        system message of its own goes on from what it has in common with the prefix."""
+        plan = self._plan
+        if not plan.prefix:
+            return
+        ctx.prefill(0, plan.prefix)
+        if synthesizer:
+            synthesizer.keep_prefix(ctx, plan.branch_point)
+        for seq in range(1, ctx.n_seq):
+            ctx.copy(0, seq)
+        for seq, branch in enumerate(plan.branches):
+            if branch.fork_point < len(plan.prefix):
+                ctx.remove(seq, branch.fork_point)
+
+    def _run_branches(self, ctx: Context) -> Generator[Event, None, _Forked]:
+        """Run all branches to their ends."""
+        first, last_token = len(self._plan.joined_results), time.perf_counter()
+        agents = [Agent(ctx, seq, b.prompt, b.assignment) for seq, b in enumerate(self._plan.branches)]
+        flushing = last_token
+        for agent, update in run_agents(ctx, agents, self._stopped):
+            last_token = time.perf_counter()
+            if isinstance(update, ToolCall):
+                yield ToolCalled(first + agent.seq, update)
+            else:
+                yield BranchToken(first + agent.seq, update)
+                if agent.done:
+                    yield BranchDone(first + agent.seq, self._cached(agent).result)
+            flushing = time.perf_counter()
+        # what run_agents does after the last token: its K and V were still to be computed
+        flush_ms = _ms_since(flushing)
+        return _Forked(Branches(ctx, [self._cached(agent) for agent in agents]), last_token, flush_ms)
+
+    def _cached(self, agent: Agent) -> Cached:
+        branch = self._plan.branches[agent.seq]
+        spans = agent.stretches(branch.joined)
+        tokens = agent.tokens_of(spans)
+        result = BranchResult(
+            name=branch.name,
+            prompt=branch.assignment.instruction,
+            text=agent.answer if branch.joined == "final" else self._model.text(tokens),
+            tokens=len(tokens),
+            finish_reason=finish_reason(agent.turn.finish_reason),
+            calls=tuple(agent.calls),
+            error=str(agent.error) if agent.error else None,
+        )
+        return Cached(result, agent.seq, spans, tokens)
+
+    def _check_some_said(self, results: Sequence[BranchResult]) -> None:
+        """Raise InputError if every branch has failed: there is nothing to answer from."""
+        if all(result.finish_reason == "error" for result in results):
+            raise InputError(f"every branch has failed; the first one: {results[0].error}")
+
+    def _answer_from_caches(
+        self, synthesizer: Synthesizer, answer: PlannedAnswer, forked: _Forked
+    ) -> Generator[Event, None, tuple[Synthesis, Cached]]:
+        """Join, then answer. Returns a Synthesis without the time of branches and total, and where the answer lies."""
+        plan, adapter = self._plan, self._plan.setting.adapter
+        began = time.perf_counter()
+        outputs = [output for branches in (*plan.joins, forked.branches) for output in branches.outputs]
+        starts = placement(
+            plan.branch_point,
+            [len(output) for output in outputs],
+            in_order=bool(adapter and adapter.in_order),
+            after=len(answer.prompt) + answer.assignment.max_cells(self._model),
+            n_positions=self._model.n_ctx_train,
+        )
+        n_cells = synthesizer.join(outputs, starts, adapter.mapper if adapter else None)
+        join_ms = _ms_since(began)
+        yield Joined(n_cells, join_ms)
+        said = yield from self._say(synthesizer, answer, answer.prompt, "cache")
+        synthesis = said.synthesis(
+            Tokens(joined=n_cells, prefilled=len(answer.prompt), generated=0),
+            Timing(join=join_ms, prefill=said.prefill_ms, ttft=forked.flush_ms + join_ms + said.prefill_ms),
+        )
+        spans = said.agent.stretches("final")
+        tokens = said.agent.tokens_of(spans)
+        result = BranchResult(
+            name="answer",
+            prompt=plan.task,
+            text=synthesis.answer,
+            tokens=len(tokens),
+            finish_reason=synthesis.finish_reason,
+            calls=synthesis.calls,
+        )
+        return synthesis, Cached(result, 0, spans, tokens)
+
+    def _answer_from_texts(
+        self, ctx: Context, answer: PlannedAnswer, results: Sequence[BranchResult]
+    ) -> Generator[Event, None, Synthesis]:
+        """Paste and read again, as well as llama.cpp can: the prefix is kept, a long prompt is read with flash
+        attention. Making the contexts is not counted: whoever does this for a living has them ready."""
+        plan = self._plan
+        n_prefix = len(plan.prefix)
+        tail = plan.layout.pasted([r.name for r in results], [r.text for r in results])
+        with Synthesizer(
+            self._model,
+            prompt=len(tail),
+            cells=n_prefix + len(tail),
+            after=answer.assignment.max_cells(self._model),
+            options=plan.setting.options,
+        ) as synthesizer:
+            if plan.setting.why_not_joinable:
+                if n_prefix:
+                    synthesizer.reader.prefill(0, plan.prefix)
+            else:
+                self._copy_prefix(ctx, synthesizer)
+            said = yield from self._say(synthesizer, answer, tail, "text")
+        return said.synthesis(
+            Tokens(joined=0, prefilled=len(tail), generated=0),
+            Timing(prefill=said.prefill_ms, ttft=said.prefill_ms, total=said.total_ms),
+        )
+
+    def _copy_prefix(self, ctx: Context, synthesizer: Synthesizer) -> None:
+        """Copy the prefix from a branch that still begins with all of it, or read it again if none does."""
+        n = len(self._plan.prefix)
+        branches = self._plan.branches
+        seq = next((i for i, b in enumerate(branches) if b.fork_point == n), None if branches else 0)
+        if seq is None:
+            synthesizer.reader.prefill(0, self._plan.prefix)
+        elif n:
+            join(ctx, synthesizer.reader, [Span(seq, 0, n, 0)])
+
+    def _say(
+        self, synthesizer: Synthesizer, answer: PlannedAnswer, prompt: list[int], mode: Mode
+    ) -> Generator[Event, None, _Said]:
+        """Read the prompt and generate the answer. Raises what went wrong with it."""
+        began = time.perf_counter()
+        agent = Agent(synthesizer.decoder, 0, synthesizer.read(prompt), answer.assignment)
+        first_token = None
+        for _, update in run_agents(synthesizer.decoder, [agent], self._stopped):
+            first_token = first_token or time.perf_counter()
+            yield ToolCalled(None, update, mode) if isinstance(update, ToolCall) else AnswerToken(update, mode)
+        if agent.error:
+            raise agent.error
+        ended = time.perf_counter()
+        return _Said(agent, ((first_token or ended) - began) * 1e3, (ended - began) * 1e3)
+
+
+def _nothing(branches_ms: float) -> Synthesis:
+    """Return the synthesis of a run that was interrupted before it."""
+    return Synthesis(answer="", finish_reason="length", tokens=Tokens(0, 0, 0), timing_ms=Timing(branches=branches_ms))
