@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import resource
 import select
 import signal
 import subprocess
@@ -11,8 +12,13 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 from support.tiny import mapper_metadata, write_adapter, write_model
+
+from pyps import errors
+from pyps.cli.common import Group
 
 TASK = "Which database should a small desktop app use?"
 BRANCHES = ["--branch", "Argue for SQLite.", "--branch", "Argue for PostgreSQL."]
@@ -296,3 +302,70 @@ def test_help_and_version() -> None:
     ):
         assert option in text
     assert re.match(r"pyps, version \d+\.\d+\.\d+", pyps("--version").stdout)
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code"),
+    [
+        (errors.InputError("it is wrong"), 2),
+        (errors.RefusedError("it is wrong"), 2),
+        (errors.MachineError("it is wrong"), 1),
+        (errors.EngineError("it is wrong"), 1),
+        (OSError("it is wrong"), 1),
+        (MemoryError(), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_failure_ends_with_its_exit_code(error: BaseException, exit_code: int) -> None:
+    """One line on stderr, from commands and from commands of groups alike."""
+
+    def fail() -> None:
+        raise error
+
+    group, inner = Group("pyps"), click.Group("inner")
+    group.add_command(click.Command("fail", callback=fail))
+    group.add_command(inner)
+    inner.add_command(click.Command("fail", callback=fail))
+    for words in (["fail"], ["inner", "fail"]):
+        result = CliRunner().invoke(group, words)
+        assert result.exit_code == exit_code
+        assert result.stderr.startswith("pyps: ") and result.stderr.count("\n") == 1 and not result.stdout
+        assert "it is wrong" in result.stderr or isinstance(error, (MemoryError, KeyboardInterrupt))
+
+
+def test_a_full_disk_is_no_mistake_of_the_user(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*PYPS, "new", "compare", str(tmp_path / "w.yaml")],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10)),  # of any one file; more fails
+        check=False,
+    )
+    assert done.returncode == 1 and "w.yaml: cannot be written" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+    nowhere = pyps("new", "compare", str(tmp_path / "no" / "w.yaml"))
+    assert nowhere.returncode == 2 and "there is no folder" in nowhere.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "w.yaml", "--set", "x"], "Invalid value for '--set': 'x' is not of the form NAME=VALUE"),
+        (
+            ["convert", "a", "-o", "b", "--weights", "1,y"],
+            "Invalid value for '--weights': '1,y' is not a list of numbers",
+        ),
+        (["convert", "a", "-o", "b", "--weights", ""], "Invalid value for '--weights': '' is not a list of numbers"),
+    ],
+)
+def test_values_that_cannot_be_read(words: list[str], message: str) -> None:
+    done = pyps(*words)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('no matplotlib here')")
+    done = pyps("bench", "--plot", "x.png", env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 2 and "no matplotlib here" in done.stderr
+    assert "pip install 'pyps-llama[plot]'" in done.stderr and "pip install '.[plot]'" in done.stderr

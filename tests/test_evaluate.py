@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from support.tiny import mapper_metadata, write_adapter
 from test_cli import pyps, start, wait_for
 from test_train_synthesis import twin
 
@@ -12,6 +13,7 @@ from pyps.adapters.adapter import Adapter
 from pyps.data.example import read_examples
 from pyps.data.tokens import add_answers, lay_out
 from pyps.engine.model import Model
+from pyps.forkjoin import synthesis
 from pyps.measure.evaluate import MODES, evaluate, interval, summarise
 
 EXAMPLES = [
@@ -58,6 +60,32 @@ def test_answers_longer_than_a_batch(data: Path, tiny: Model) -> None:
     assert len(tiny.tokenize(outcomes[0].answer)) > 512, "or this shows nothing"
     assert [o.mode for o in outcomes] == ["text", "text, backwards", "cache"]
     assert outcomes[2].kl > 0
+
+
+def test_outputs_that_do_not_fit_one_after_the_other(tmp_path: Path, data: Path, tiny: Model) -> None:
+    """They are joined at the branch point, as a run does it: with an adapter that asks for the other."""
+    branches = [{"text": "Yes." + " \n" * n} for n in (400, 401, 402)]
+    data.write_text(json.dumps({"task": "Is it?", "branches": branches}) + "\n")
+    (tokens,) = lay_out(tiny, "shared", read_examples([data]), seed=0)
+    assert tokens.n_cells > tiny.n_ctx_train, "or this shows nothing; pasted texts are stripped, and do fit"
+    scores = []
+    for in_order in (False, True):
+        path = write_adapter(tmp_path / f"{in_order}.gguf", pyps__in_order=in_order, mapper=mapper_metadata(1))
+        adapter = Adapter(path, tiny)
+        scores.append([o.kl for o in evaluate(tiny, adapter, read_examples([data]), "shared", max_tokens=4)])
+        adapter.close()
+    assert scores[0] == scores[1]
+
+
+def test_long_prompts_are_read_apart(data: Path, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a run does it; the measures hardly change."""
+    measures = []
+    for least in (1, 1000):
+        monkeypatch.setattr(synthesis, "_LONG_PROMPT", least)
+        outcomes = list(evaluate(tiny, None, read_examples([data]), "paper", kv_type="f32", max_tokens=8))
+        measures.append([(o.kl, o.kl_first) for o in outcomes])
+    for apart, together in zip(*measures, strict=True):
+        assert apart == pytest.approx(together, rel=1e-2, abs=1e-4)
 
 
 def test_intervals() -> None:

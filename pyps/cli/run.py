@@ -253,7 +253,7 @@ def run(
     pyps run "What is 17 * 23?" --branches 4
     pyps run "What do they agree on?" --join notes.pyps --join other.pyps
     pyps run review.yaml --set repo=.
-    """
+    """  # noqa: D301 (click's mark for lines that stay as they are is a backspace)
     workflow = None
     # a task may end like a file's name ("Explain docker-compose.yaml"): with branches, only a file that is there counts
     alone = not (instructions or samples is not None or files)

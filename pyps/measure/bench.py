@@ -302,8 +302,9 @@ class _Sides:
         return {"cache_ms": (ended - began) * 1e3, "join_ms": (joined - began) * 1e3, "floor_ms": floor * 1e3}
 
     def _best_text(self) -> Context:
-        """Return the context in which text synthesis is fastest; the first call tries them, one after the other, as
-        all at once may not fit into memory.
+        """Return the context in which text synthesis is fastest.
+
+        The first call tries all settings, one after the other: all at once may not fit into memory.
         """
         if self._best is None:
             c = self._case
@@ -394,8 +395,9 @@ def _tokens(model: Model, n: int, skip: int) -> list[int]:
 
 
 def peak_memory(path: Path, adapter: Path | None, layout: str, kv_type: str, case: Case) -> float | None:
-    """Return the most megabytes resident in a process that does the branches and the cache side of a case, and nothing
-    else; None if that process failed.
+    """Return the most megabytes resident in a process that does the branches and the cache side of a case alone.
+
+    None stands for a process that failed.
     """
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit what this process holds
     with concurrent.futures.ProcessPoolExecutor(1, spawn, _ignore_ctrl_c) as pool:

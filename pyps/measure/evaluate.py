@@ -56,8 +56,9 @@ MODES = (
 
 
 def read_suite() -> list[Example]:
-    """Return the built-in suite: 40 examples of each of six families, with entities and phrasings that no adapter was
-    trained on.
+    """Return the built-in suite: 40 examples of each of six families.
+
+    No adapter was trained on their entities and phrasings.
     """
     with as_file(files("pyps.data") / "suite.jsonl") as path:
         return read_examples([path])
