@@ -69,7 +69,9 @@ def test_the_families(family: str) -> None:
         rng = random.Random(3)
         for _ in range(300):
             e = build(family, held_out, rng)
-            assert e.family == family and e.target and e.is_right(e.target), e
+            assert e.family == family
+            assert e.target, e
+            assert e.is_right(e.target), e
             assert len(e.branches) > 1
             if family != "contradiction":
                 texts = " ".join(b.text or "" for b in e.branches)
@@ -147,7 +149,8 @@ def test_mistakes_in_data_sets(tmp_path: Path) -> None:
         (["distillation", str(path), str(tmp_path)], "is a folder: name the file of examples to write"),
     ):
         done = pyps("data", *words)
-        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
         assert "Traceback" not in done.stderr
         assert not out.exists()
     path.write_text('{"prompt": \n')

@@ -149,11 +149,13 @@ def test_mistakes(tmp_path: Path, data: Path, tiny_path: Path) -> None:
         (["--model", str(tiny_path), "--limit", "0"], "Invalid value"),
     ):
         done = pyps("eval", str(data), *words)
-        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
     long = {"task": "word " * 3000, "branches": [{"text": "x"}]}
     data.write_text(json.dumps(long) + "\n")
     done = pyps("eval", str(data), "--model", str(tiny_path))
-    assert done.returncode == 2 and "was trained on 2,048" in done.stderr, done.stderr
+    assert done.returncode == 2, done.stderr
+    assert "was trained on 2,048" in done.stderr
 
 
 def test_summaries() -> None:

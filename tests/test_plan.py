@@ -116,7 +116,7 @@ def test_what_is_wrong_is_found_before_any_work(
 
 
 def test_limits_and_refusals(setting: Setting) -> None:
-    with pytest.raises(InputError, match="the synthesizer may need .* the limit given is 90"):
+    with pytest.raises(InputError, match=r"the synthesizer may need .* the limit given is 90"):
         planned(replace(setting, n_ctx=90), "a", "b", "c")
     refused = replace(setting, why_not_joinable="caches of 'x' models cannot be joined: so it is")
     with pytest.raises(RefusedError, match=r"so it is\. Text mode"):

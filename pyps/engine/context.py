@@ -76,7 +76,8 @@ class Context:
         n_ctx: Cells of each sequence; llama.cpp rounds them up to a multiple of 256.
         n_seq: Number of sequences, 1 to 256.
         kv_type: Type of K and V, a key of KV_TYPES; or one of each: "q8_0/f16". A quantised V needs flash_attn.
-        flash_attn: Whether to use flash attention. On a CPU it is faster for long prefills and much slower for short batches and decoding.
+        flash_attn: Whether to use flash attention. On a CPU it is faster for long prefills and much slower for short
+            batches and decoding.
         threads: Threads that compute; None for what suits the model on this machine (tuned.py).
         unified: Whether all sequences share one buffer instead of having a stream each.
         n_batch: Most tokens that are computed at once; None likewise.
@@ -274,7 +275,7 @@ class Context:
         self.decode([Token(id, start + i, seq, logits=i == last) for i, id in enumerate(tokens)])
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:
-        """Return a copy of the logits [n_vocab] of the last batch's index-th token. Raises InputError if it has none."""
+        """Return a copy of the logits [n_vocab] of the last batch's index-th token; InputError if it has none."""
         with log.captured():
             values = llama_cpp.llama_get_logits_ith(self.pointer, index)
         if not values:
