@@ -1,4 +1,4 @@
-"""Tools of an MCP server (pyps[mcp]), which is a program of the user's that pyps starts and stops."""
+"""Tools of an MCP server (pyps-llama[mcp]), which is a program of the user's that pyps starts and stops."""
 
 import contextlib
 import math

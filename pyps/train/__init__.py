@@ -1,1 +1,1 @@
-"""Training of adapters, in PyTorch (pyps[train]). Nothing else in pyps imports it but `pyps train`."""
+"""Training of adapters, in PyTorch (pyps-llama[train]). Nothing else in pyps imports it but `pyps train`."""
