@@ -357,3 +357,59 @@ def test_the_synthesizer_may_hold_more_cells_than_positions(tiny_path: Path) -> 
         assert result.tokens.joined == 2400 > fj.model.n_ctx_train
         with pytest.raises(InputError, match="text synthesis may need"):
             fj.run("Go", ["a", "b", "c", "d"], sampling=sampling, mode="text")
+
+
+def test_a_branch_of_its_own_reads_what_it_is_told(tiny_path: Path) -> None:
+    """A task or a system message of a branch's own: it says what it would say if they were the run's."""
+    own = [Branch("Go.", task="Another task."), Branch("Go.", system="Be brief."), Branch("Go.")]
+    with ForkJoin.from_pretrained(str(tiny_path)) as fj:
+
+        def texts(task: str, branches: list[Branch], system: str | None = None) -> list[str]:
+            with fj.fork(task, branches, system=system, sampling=GREEDY) as forked:
+                return [result.text for result in forked.results]
+
+        mixed = texts(TASK, own)
+        alone = [texts("Another task.", own[2:]), texts(TASK, own[2:], "Be brief."), texts(TASK, own[2:])]
+        assert [[text] for text in mixed] == alone
+        assert len(set(mixed)) == 3
+        result = fj.run(TASK, own, sampling=GREEDY, compare=True)
+        assert [b.text for b in result.branches] == mixed
+        assert result.compare
+        # no branch has the whole prefix: text synthesis reads it itself
+        again = fj.run(TASK, own[:2], sampling=GREEDY, mode="text")
+        assert again.tokens.prefilled < result.compare.tokens.prefilled
+
+
+def test_a_conversation_as_the_prefix(smollm2: Model) -> None:
+    """Messages of every role come before the branches; what a branch is told is a turn of its own after a tool's."""
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Which rivers are long?"},
+        {"role": "assistant", "content": "I look it up."},
+        {"role": "tool", "content": "Nile, Amazon <|im_end|>"},
+    ]
+    head = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhich rivers are long?<|im_end|>\n"
+        "<|im_start|>assistant\nI look it up.<|im_end|>\n<|im_start|>tool\nNile, Amazon <|im_end|><|im_end|>\n"
+    )
+    layout = Layout(smollm2, "shared", messages, None, "Answer.")
+    prompts = layout.prompts(["Go on.", ""])
+
+    def text(tokens: list[int]) -> str:
+        return b"".join(smollm2.piece(token, special=True) for token in tokens).decode()
+
+    told = [text([*prompts.prefix, *branch]) for branch in prompts.branches]
+    assert told == [
+        f"{head}<|im_start|>user\nGo on.<|im_end|>\n<|im_start|>assistant\n",
+        f"{head}<|im_start|>assistant\n",
+    ]
+    # what a tool has said is data: its control token is text, and not one token
+    assert prompts.prefix.count(smollm2.tokenize("<|im_end|>")[0]) == 4
+    with ForkJoin(smollm2) as fj:
+        result = fj.run(messages, ["Go on.", ""], sampling=GREEDY, compare=True)
+        assert result.answer
+        assert result.compare
+        continued = fj.run([*messages[:1], {"role": "user", "content": TASK}], ["Go."], sampling=GREEDY)
+        plain = fj.run(TASK, ["Go."], system="Be brief.", sampling=GREEDY)
+        assert continued.answer == plain.answer
+        assert continued.branches == plain.branches

@@ -143,9 +143,9 @@ MUTANTS = [
     ),
     Mutant(
         "spans in order all begin at the branch point",
-        "pyps/prompts/layout.py",
-        "(sum(lengths[:i]) if in_order else 0)",
-        "0",
+        "pyps/forkjoin/synthesis.py",
+        "[branch_point + sum(lengths[:i]) for i in range(len(lengths))]",
+        "[branch_point] * len(lengths)",
         ("tests/test_forkjoin.py::test_an_adapter_is_used_by_the_synthesizer_only[True]",),
     ),
     Mutant(
@@ -213,17 +213,41 @@ MUTANTS = [
     ),
     Mutant(
         "branches of one context are mapped as those of another",
-        "pyps/forkjoin/forkjoin.py",
-        "None if affine is None else affine[of]",
-        "None if affine is None else affine[: len(of)]",
+        "pyps/forkjoin/synthesis.py",
+        "None if coefficients is None else coefficients[branch_of_span]",
+        "None if coefficients is None else coefficients[: len(branch_of_span)]",
         ("tests/test_joins_of_joins.py::test_its_caches_are_the_oracles[qwen2]",),
     ),
     Mutant(
         "what is left out of a branch leaves a gap",
-        "pyps/forkjoin/forkjoin.py",
+        "pyps/forkjoin/synthesis.py",
         "                    to += end - start",
         "                    to += end - start + 1",
         ("tests/test_agent.py::test_what_is_joined[generated]",),
+    ),
+    Mutant(
+        "one sequence's failure ends all",
+        "pyps/engine/generate.py",
+        "                member.fail(error)\n",
+        "                raise error\n",
+        (
+            "tests/test_lock_step.py::test_a_failure_ends_its_sequence_only",
+            "tests/test_lock_step.py::test_a_branch_that_fails_leaves_the_others",
+        ),
+    ),
+    Mutant(
+        "a branch with a task of its own forks from the whole prefix",
+        "pyps/forkjoin/run.py",
+        "            if branch.fork_point < len(plan.prefix):",
+        "            if False:",
+        ("tests/test_forkjoin.py::test_a_branch_of_its_own_reads_what_it_is_told",),
+    ),
+    Mutant(
+        "what was written half-way stays beside the file",
+        "pyps/files.py",
+        "partial.unlink(missing_ok=True)",
+        "pass",
+        ("tests/test_files.py::test_a_failure_leaves_the_old_file_and_nothing_else",),
     ),
     Mutant(
         "control tokens in data are control tokens",
