@@ -68,9 +68,8 @@ def test_a_long_prompt_is_read_apart(tiny: Model, monkeypatch: pytest.MonkeyPatc
         with _Sides(tiny, None, "paper", Case(2, 8, 4, 6), F32) as sides:
             assert (sides.synthesizer.reader is sides.synthesizer.decoder) == (least == 1000)
             sides.step(keep=True)
-            assert (
-                sides.synthesizer.decoder.end(0) == 8 + 6 + 4 and sides.synthesizer.decoder.n_cells(0) == 2 * 8 + 6 + 4
-            )
+            assert sides.synthesizer.decoder.end(0) == 8 + 6 + 4
+            assert sides.synthesizer.decoder.n_cells(0) == 2 * 8 + 6 + 4
             sides.synthesizer.decoder.remove(0, 17)
             sides.synthesizer.decoder.prefill(0, sides._synthesizer_prompt[-1:])
             seen.append(sides.synthesizer.decoder.logits())
@@ -83,11 +82,14 @@ def test_bounds(tiny: Model, tiny_path: Path) -> None:
     layers = [t for name, t in tensors.items() if name.startswith("blk.") and len(t.shape) > 1]
     output = tensors.get("output.weight", tensors["token_embd.weight"])
     elements, logits, n_bytes = native.work(tiny.address)
-    assert elements == sum(t.n_elements for t in layers) > 0 and logits == output.n_elements
+    assert elements == sum(t.n_elements for t in layers) > 0
+    assert logits == output.n_elements
     assert n_bytes == sum(t.n_bytes for t in [*layers, output])
 
     rates = measure_rates(tiny)
-    assert rates and rates.read_gb_s > 0.1 and rates.compute_gflop_s > 0.01
+    assert rates
+    assert rates.read_gb_s > 0.1
+    assert rates.compute_gflop_s > 0.01
     slow_memory, slow_cores = Rates(1e-6, 1e9), Rates(1e9, 1e-6)
     for rate in (slow_memory, slow_cores):
         least = [least_ms(tiny, rate, "f16", *size) for size in ((1, 10), (1, 20), (1, 20, 3))]
@@ -129,13 +131,13 @@ def test_rows(tiny_path: Path, tmp_path: Path) -> None:
             assert 0 < low <= row[key] <= high
         assert row["join_ms"] < row["cache_ms"]
         assert row["ratio_spread"][0] <= row["ratio"] <= row["ratio_spread"][1]
-        assert row["floor_bound_ms"] > 0 and row["batch_bound_tokens_s"] > 0
-        assert row["batch_tokens_s"] > 0 and row["text_setting"].startswith("flash attention")
-    assert (
-        found["machine"]["threads"] >= 1
-        and found["cell_bytes"] == 4 * 32 * 2 * 2
-        and found["peak_mb"] > found["model_mb"] > 0
-    )
+        assert row["floor_bound_ms"] > 0
+        assert row["batch_bound_tokens_s"] > 0
+        assert row["batch_tokens_s"] > 0
+        assert row["text_setting"].startswith("flash attention")
+    assert found["machine"]["threads"] >= 1
+    assert found["cell_bytes"] == 4 * 32 * 2 * 2
+    assert found["peak_mb"] > found["model_mb"] > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert BenchReport.from_dict(found).to_dict() == found
     before = found | {"machine": {k: v for k, v in found["machine"].items() if not k.startswith(("read", "compute"))}}
@@ -147,14 +149,18 @@ def test_more_tokens_than_the_model_was_trained_on(tiny_path: Path) -> None:
     done = pyps("bench", "--model", str(tiny_path), *arguments)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["peak_mb"] is None and found["rows"][0]["ratio"] > 0
+    assert found["peak_mb"] is None
+    assert found["rows"][0]["ratio"] > 0
 
 
 def test_the_table_fits_a_terminal(tiny_path: Path) -> None:
     done = pyps("bench", "--model", str(tiny_path), *SMALL, "--layout", "paper")
     assert done.returncode == 0, done.stderr
-    assert "Time to first token" in done.stdout and "K-shift" in done.stdout and "…" not in done.stdout
-    assert "paper layout" in done.stdout and "tokens/s" in done.stdout
+    assert "Time to first token" in done.stdout
+    assert "K-shift" in done.stdout
+    assert "…" not in done.stdout
+    assert "paper layout" in done.stdout
+    assert "tokens/s" in done.stdout
 
 
 def test_ctrl_c_keeps_what_is_done(tiny_path: Path) -> None:
@@ -163,7 +169,8 @@ def test_ctrl_c_keeps_what_is_done(tiny_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "stopped after" in errors and "Traceback" not in errors + output
+    assert "stopped after" in errors
+    assert "Traceback" not in errors + output
 
 
 @pytest.mark.parametrize(
@@ -187,7 +194,8 @@ def test_ctrl_c_keeps_what_is_done(tiny_path: Path) -> None:
 def test_mistakes(tiny_path: Path, arguments: list[str], message: str) -> None:
     done = pyps("bench", "--model", str(tiny_path), "--repeat", "1", "--tokens", "8", *arguments)
     assert done.returncode == 2, done.stderr
-    assert message in done.stderr and "Traceback" not in done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_models_that_cannot_be_joined(tmp_path: Path) -> None:
@@ -202,7 +210,8 @@ def test_shapes(tmp_path: Path, smollm2_path: Path) -> None:
     done: list[float] = []
     shape = Shape(layers=2, channels=128, feed_forward=256, heads=4, kv_heads=2, head_dim=32)
     write_shape(path, shape, smollm2_path, lambda what, fraction: done.append(fraction or 0.0))
-    assert done[-1] == 1.0 and done == sorted(done)
+    assert done[-1] == 1.0
+    assert done == sorted(done)
     model = Model.load(path)
     assert (model.n_layer, model.n_embd, model.n_embd_kv, model.n_vocab) == (2, 128, 64, 49152)
     assert model.tokenize("Some text.") == Model.load(smollm2_path).tokenize("Some text.")

@@ -230,7 +230,6 @@ def files(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path) -> Path:
         ("TASK BRANCHES --model cut.gguf", "cut.gguf: llama.cpp cannot load this model"),
         ("TASK BRANCHES --model header.gguf", "header.gguf: llama.cpp cannot load this model"),
         ("TASK BRANCHES --model mamba.gguf", "'mamba' models cannot be joined: it keeps a recurrent state"),
-        ("TASK BRANCHES --model hf:nobody/nothing:Q8_0", "cannot be fetched from the hub"),
         ("TASK BRANCHES --model hf:nobody", "write hf:OWNER/REPO:FILE.gguf"),
         ("TASK BRANCHES --model TINY --adapter nowhere.gguf", "nowhere.gguf: no such adapter file"),
         ("TASK BRANCHES --model TINY --adapter text.gguf", "text.gguf: not a GGUF file"),
@@ -272,9 +271,16 @@ def test_mistakes_end_with_one_clear_line(files: Path, tiny_path: Path, argument
     assert done.stdout == ""
 
 
+def test_no_network_is_no_mistake_of_the_user() -> None:
+    done = pyps("run", TASK, *BRANCHES, "--model", "hf:nobody/nothing:Q8_0", env={"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 1, done.stderr
+    assert "cannot be fetched from the hub" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_arguments_that_are_not_text() -> None:
     """Bytes that are not UTF-8 end up as question marks, not as an exception."""
-    command = [*PYPS, "run", b"caf\xe9 or tea?", "--branch", b"x\xff", *QUICK]
+    command: list[str | bytes] = [*PYPS, "run", b"caf\xe9 or tea?", "--branch", b"x\xff", *QUICK]
     for more in ([], ["--json"]):
         done = subprocess.run([*command, *more], capture_output=True, timeout=60, check=False)
         assert done.returncode == 0, done.stderr.decode()
@@ -330,7 +336,9 @@ def test_every_failure_ends_with_its_exit_code(error: BaseException, exit_code: 
     for words in (["fail"], ["inner", "fail"]):
         result = CliRunner().invoke(group, words)
         assert result.exit_code == exit_code
-        assert result.stderr.startswith("pyps: ") and result.stderr.count("\n") == 1 and not result.stdout
+        assert result.stderr.startswith("pyps: ")
+        assert result.stderr.count("\n") == 1
+        assert not result.stdout
         assert "it is wrong" in result.stderr or isinstance(error, (MemoryError, KeyboardInterrupt))
 
 
@@ -342,10 +350,13 @@ def test_a_full_disk_is_no_mistake_of_the_user(tmp_path: Path) -> None:
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10)),  # of any one file; more fails
         check=False,
     )
-    assert done.returncode == 1 and "w.yaml: cannot be written" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1
+    assert "w.yaml: cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
     nowhere = pyps("new", "compare", str(tmp_path / "no" / "w.yaml"))
-    assert nowhere.returncode == 2 and "there is no folder" in nowhere.stderr
+    assert nowhere.returncode == 2
+    assert "there is no folder" in nowhere.stderr
 
 
 @pytest.mark.parametrize(
@@ -361,11 +372,14 @@ def test_a_full_disk_is_no_mistake_of_the_user(tmp_path: Path) -> None:
 )
 def test_values_that_cannot_be_read(words: list[str], message: str) -> None:
     done = pyps(*words)
-    assert done.returncode == 2 and message in done.stderr
+    assert done.returncode == 2
+    assert message in done.stderr
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:
     (tmp_path / "matplotlib.py").write_text("raise ImportError('no matplotlib here')")
     done = pyps("bench", "--plot", "x.png", env={"PYTHONPATH": str(tmp_path)})
-    assert done.returncode == 2 and "no matplotlib here" in done.stderr
-    assert "pip install 'pyps-llama[plot]'" in done.stderr and "pip install '.[plot]'" in done.stderr
+    assert done.returncode == 2
+    assert "no matplotlib here" in done.stderr
+    assert "pip install 'pyps-llama[plot]'" in done.stderr
+    assert "pip install '.[plot]'" in done.stderr

@@ -42,9 +42,11 @@ def test_what_suits_the_machine_is_kept_and_used(tiny_path: Path, tmp_path: Path
     kept.write_text('{"threads": 3, "batch": 64}')
     model = Model.load(tiny_path)
     with Context(model, 256) as ctx:
-        assert ctx.n_batch == 64 and llama_cpp.llama_n_threads(ctx.pointer) == 3
+        assert ctx.n_batch == 64
+        assert llama_cpp.llama_n_threads(ctx.pointer) == 3
     with Context(model, 256, threads=1, n_batch=32) as ctx:
-        assert ctx.n_batch == 32 and llama_cpp.llama_n_threads(ctx.pointer) == 1
+        assert ctx.n_batch == 32
+        assert llama_cpp.llama_n_threads(ctx.pointer) == 1
     model.close()
     for damaged in ("", "[]", '{"threads": 0, "batch": 64}', '{"threads": 1}', '{"threads": "x", "batch": 1}'):
         kept.write_text(damaged)

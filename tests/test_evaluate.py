@@ -47,7 +47,8 @@ def test_measures_are_those_of_pytorch(tmp_path: Path, data: Path, layout: str) 
         assert mine["cache, adapter"].kl_first == pytest.approx(float(kl[0]), rel=1e-2)
         same = (student.argmax(-1) == teacher.argmax(-1)).float().mean()
         assert mine["cache, adapter"].agreement == pytest.approx(float(same))
-        assert mine["text"].kl == 0 and mine["text"].agreement == 1
+        assert mine["text"].kl == 0
+        assert mine["text"].agreement == 1
         different = len(MODES) - (len(example.branches) == 1)  # one branch is the same backwards
         assert len({round(o.kl, 6) for o in mine.values()}) == different, "every mode is another computation"
         assert (mine["text"].right is None) == (not example.answer)
@@ -57,7 +58,8 @@ def test_measures_are_those_of_pytorch(tmp_path: Path, data: Path, layout: str) 
 def test_answers_longer_than_a_batch(data: Path, tiny: Model) -> None:
     outcomes = list(evaluate(tiny, None, read_examples([data])[:1], "shared", max_tokens=600))
     assert len(tiny.tokenize(outcomes[0].answer)) > 512, "or this shows nothing"
-    assert [o.mode for o in outcomes] == ["text", "text, backwards", "cache"] and outcomes[2].kl > 0
+    assert [o.mode for o in outcomes] == ["text", "text, backwards", "cache"]
+    assert outcomes[2].kl > 0
 
 
 def test_outputs_that_do_not_fit_one_after_the_other(tmp_path: Path, data: Path, tiny: Model) -> None:
@@ -99,11 +101,15 @@ def test_the_command(tmp_path: Path, data: Path) -> None:
     done = pyps(*words, "--adapter", str(adapter), "--json", "--plot", str(tmp_path / "p.png"), "--limit", "1")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["adapter"] == str(adapter) and found["layout"] == "shared" and found["examples"] == 2
+    assert found["adapter"] == str(adapter)
+    assert found["layout"] == "shared"
+    assert found["examples"] == 2
     assert list(found["modes"]) == [m.name for m in MODES]
     assert len(found["outcomes"]) == 2 * len(MODES)
     text = found["modes"]["text"]
-    assert text["kl"] == 0 and text["accuracy"] == 0 and text["families"]["g"]["accuracy"] is None
+    assert text["kl"] == 0
+    assert text["accuracy"] == 0
+    assert text["families"]["g"]["accuracy"] is None
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
     plain = pyps(*words, "--adapter", "none")
@@ -127,9 +133,11 @@ def test_ctrl_c_ends_with_what_is_done() -> None:
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "Traceback" not in errors and "of 240 examples" in errors
+    assert "Traceback" not in errors
+    assert "of 240 examples" in errors
     found = json.loads(output)
-    assert 1 <= found["examples"] < 240 and found["modes"]["cache"]["examples"] == found["examples"]
+    assert 1 <= found["examples"] < 240
+    assert found["modes"]["cache"]["examples"] == found["examples"]
 
 
 def test_mistakes(tmp_path: Path, data: Path, tiny_path: Path) -> None:
@@ -141,11 +149,13 @@ def test_mistakes(tmp_path: Path, data: Path, tiny_path: Path) -> None:
         (["--model", str(tiny_path), "--limit", "0"], "Invalid value"),
     ):
         done = pyps("eval", str(data), *words)
-        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
     long = {"task": "word " * 3000, "branches": [{"text": "x"}]}
     data.write_text(json.dumps(long) + "\n")
     done = pyps("eval", str(data), "--model", str(tiny_path))
-    assert done.returncode == 2 and "was trained on 2,048" in done.stderr, done.stderr
+    assert done.returncode == 2, done.stderr
+    assert "was trained on 2,048" in done.stderr
 
 
 def test_summaries() -> None:

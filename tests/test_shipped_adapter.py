@@ -22,14 +22,19 @@ SHIPPED = MODELS / "smollm2-135m-instruct.gguf"
 
 def test_it_is_used_by_default_with_the_default_model_only(smollm2_path: Path) -> None:
     found = find_adapter(AUTO, "smollm2")
-    assert found and found.read_bytes() == SHIPPED.read_bytes()
+    assert found
+    assert found.read_bytes() == SHIPPED.read_bytes()
     assert find_adapter(AUTO, str(smollm2_path)) is None
     assert find_adapter(None, "smollm2") is None
     with ForkJoin.from_pretrained() as fj:
-        assert fj.adapter and fj.adapter.lora and fj.adapter.mapper and not fj.adapter.warnings
+        assert fj.adapter
+        assert fj.adapter.lora
+        assert fj.adapter.mapper
+        assert not fj.adapter.warnings
         assert fj.layout == fj.adapter.layout == "shared"
     with ForkJoin.from_pretrained(layout="paper") as fj:
-        assert fj.adapter and "trained for the shared layout" in fj.adapter.warnings[0]
+        assert fj.adapter
+        assert "trained for the shared layout" in fj.adapter.warnings[0]
     words = ["run", "Hi", "--branches", "2", "--max-tokens", "2", "--json"]
     assert json.loads(pyps(*words).stdout)["adapter"] == str(found)
     assert json.loads(pyps(*words, "--adapter", "none").stdout)["adapter"] is None
@@ -60,6 +65,8 @@ def test_it_is_better_than_none() -> None:
 def test_how_it_was_made() -> None:
     """The config beside it is one that this version reads, and the card says what `pyps eval` found."""
     for config in (MODELS / f"smollm2-135m-instruct-{n}.yaml" for n in (1, 2)):
-        assert read_config(config).layout == "shared" and yaml.safe_load(config.read_text())["base"] == "smollm2"
+        assert read_config(config).layout == "shared"
+        assert yaml.safe_load(config.read_text())["base"] == "smollm2"
     card = (MODELS / "README.md").read_text()
-    assert "make adapter" in card and "pyps eval" in card
+    assert "make adapter" in card
+    assert "pyps eval" in card

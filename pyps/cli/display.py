@@ -10,15 +10,15 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from pyps.agents.tools import ToolCall
+from pyps.forkjoin.branches import BranchResult
 from pyps.forkjoin.events import (
     AnswerToken,
     BranchDone,
-    BranchResult,
     BranchToken,
     Done,
     Event,
     Result,
-    ToolCall,
     ToolCalled,
 )
 

@@ -323,7 +323,7 @@ class _EncodedExample:
 
 def log_softmax(logits: NDArray[Any]) -> NDArray[Any]:
     """Return log-probabilities over the last axis, in the logits' own precision."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
+    shifted: NDArray[Any] = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
