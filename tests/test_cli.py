@@ -230,7 +230,6 @@ def files(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path) -> Path:
         ("TASK BRANCHES --model cut.gguf", "cut.gguf: llama.cpp cannot load this model"),
         ("TASK BRANCHES --model header.gguf", "header.gguf: llama.cpp cannot load this model"),
         ("TASK BRANCHES --model mamba.gguf", "'mamba' models cannot be joined: it keeps a recurrent state"),
-        ("TASK BRANCHES --model hf:nobody/nothing:Q8_0", "cannot be fetched from the hub"),
         ("TASK BRANCHES --model hf:nobody", "write hf:OWNER/REPO:FILE.gguf"),
         ("TASK BRANCHES --model TINY --adapter nowhere.gguf", "nowhere.gguf: no such adapter file"),
         ("TASK BRANCHES --model TINY --adapter text.gguf", "text.gguf: not a GGUF file"),
@@ -270,6 +269,13 @@ def test_mistakes_end_with_one_clear_line(files: Path, tiny_path: Path, argument
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_no_network_is_no_mistake_of_the_user() -> None:
+    done = pyps("run", TASK, *BRANCHES, "--model", "hf:nobody/nothing:Q8_0", env={"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 1, done.stderr
+    assert "cannot be fetched from the hub" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_arguments_that_are_not_text() -> None:
