@@ -15,8 +15,8 @@ import numpy as np
 
 from pyps.engine.context import Context, Token
 from pyps.engine.find import requantise, shipped_smollm2
+from pyps.engine.logits import log_softmax
 from pyps.engine.model import Model
-from pyps.measure.evaluate import log_softmax
 
 N = 512  # tokens, prefilled and compared
 

@@ -26,6 +26,21 @@ def check_writable(path: Path, what: str = "file") -> None:
         raise InputError(f"{path}: cannot be written: the folder {path.parent} is not writable for you")
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, where they do not exist.
+
+    Raises:
+        InputError: No folder can be there: something on the way is a file, or not writable for you.
+        MachineError: The disk is full or fails.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise InputError(f"{path}: cannot be written to: {error.strerror}") from None
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be written to: {error.strerror or error}") from error
+
+
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Yield a new, empty file beside `path` that takes its place when the block ends.

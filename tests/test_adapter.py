@@ -26,7 +26,8 @@ def test_reads_mapper_lora_and_layout(tmp_path: Path, tiny: Model) -> None:
     adapter = Adapter(path, tiny)
     assert adapter.mapper is not None
     assert adapter.lora
-    assert adapter.layout == "paper" and adapter.in_order is False
+    assert adapter.layout == "paper"
+    assert adapter.in_order is False
     assert adapter.warnings == []
     adapter.close()
 

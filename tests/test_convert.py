@@ -24,7 +24,7 @@ from pyps.convert.lora import read_adapter
 from pyps.convert.peft import read_checkpoint
 from pyps.engine.model import Model
 from pyps.errors import InputError
-from pyps.train.mapper import CacheMapper
+from pyps.train.cache_mapper import CacheMapper
 from pyps.train.synthesis import Synthesis
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -132,7 +132,8 @@ def test_there_and_back(tmp_path: Path, kind: str) -> None:
     for name in ("w1", "b1", "w2", "b2"):
         one, other = (getattr(a.mapper, name) for a in adapters)
         assert (one == other).all()
-    assert adapters[0].in_order and not adapters[1].in_order
+    assert adapters[0].in_order
+    assert not adapters[1].in_order
     model.close()
 
 
@@ -155,7 +156,8 @@ def test_averages(tmp_path: Path) -> None:
         np.testing.assert_allclose(merged[module][1], b + 0.25, atol=1e-6)
     model = Model.load(path)
     mapper = Adapter(out, model).mapper
-    assert mapper and original.mapper
+    assert mapper
+    assert original.mapper
     np.testing.assert_allclose(mapper.w1, original.mapper.w1 + 0.25, atol=1e-6)
     model.close()
     with pytest.raises(InputError, match="as many weights"):

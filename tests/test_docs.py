@@ -17,7 +17,7 @@ import pyps
 import pyps.engine
 from pyps.convert.gguf import to_gguf
 from pyps.engine.find import find_model
-from pyps.workflow.workflow import Step, read_workflow
+from pyps.workflow import Step, read_workflow
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -226,3 +226,13 @@ def test_links_to_files() -> None:
             assert link.startswith("https://") or not link or (DOCS / link).exists(), (page, link)
             target = link.removesuffix(".md") or page
             assert not anchor or anchor in anchors(target), (page, link, anchor)
+
+
+def test_the_way_of_a_span_is_true() -> None:
+    """CONTRIBUTING.md names the lines that lead from ForkJoin.run to the graph: they are there, six at most."""
+    text = (DOCS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    stops = re.findall(r"^\| \d\. [^|]+ \| (\S+):(\d+) \| `(.+)` \|$", text, re.MULTILINE)
+    assert 1 < len(stops) <= 6
+    for path, number, line in stops:
+        lines = (DOCS.parent / path).read_text(encoding="utf-8").splitlines()
+        assert lines[int(number) - 1].strip() == line

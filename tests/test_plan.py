@@ -61,7 +61,8 @@ def test_seeds_names_and_cells(setting: Setting) -> None:
 
 def test_room_comes_after_the_answer(setting: Setting) -> None:
     answer = planned(setting, "a", room=100).answer
-    assert answer is not None and answer.after == 120
+    assert answer is not None
+    assert answer.after == 120
 
 
 def test_a_branch_with_a_task_of_its_own_keeps_what_it_has_in_common(setting: Setting) -> None:
@@ -72,8 +73,10 @@ def test_a_branch_with_a_task_of_its_own_keeps_what_it_has_in_common(setting: Se
     text = [setting.model.text([*plan.prefix[: b.fork_point], *b.prompt]) for b in plan.branches]
     assert [b.fork_point == n for b in plan.branches] == [True, False, False, True]
     assert plan.branches[1].fork_point > plan.branches[2].fork_point
-    assert "Which colour?" in text[1] and TASK not in text[1]
-    assert "Be brief." in text[2] and TASK in text[2]
+    assert "Which colour?" in text[1]
+    assert TASK not in text[1]
+    assert "Be brief." in text[2]
+    assert TASK in text[2]
     assert text[3] == text[0]
     assert plan.branch_cells >= max(b.fork_point + len(b.prompt) + b.max_output for b in plan.branches)
 
@@ -113,7 +116,7 @@ def test_what_is_wrong_is_found_before_any_work(
 
 
 def test_limits_and_refusals(setting: Setting) -> None:
-    with pytest.raises(InputError, match="the synthesizer may need .* the limit given is 90"):
+    with pytest.raises(InputError, match=r"the synthesizer may need .* the limit given is 90"):
         planned(replace(setting, n_ctx=90), "a", "b", "c")
     refused = replace(setting, why_not_joinable="caches of 'x' models cannot be joined: so it is")
     with pytest.raises(RefusedError, match=r"so it is\. Text mode"):

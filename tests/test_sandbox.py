@@ -1,4 +1,4 @@
-"""What a model wrote is run with limits, and counts only if it comes to its end; HumanEval's own solutions do."""
+"""Programs that a model wrote run with limits and count only if they come to their end, as HumanEval's solutions do."""
 
 import time
 
@@ -39,7 +39,7 @@ def test_time_is_limited_for_children_too(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_humaneval() -> None:
-    """The known solutions are right, as whole functions and as bodies; other code is not; nothing is run unasked."""
+    """The known solutions are right, as whole functions and as bodies; other code is not; nothing runs unasked."""
     examples = read_humaneval()
     problems = list(read_problems().values())
     assert len(examples) == len(problems) == 164
@@ -53,5 +53,5 @@ def test_humaneval() -> None:
 
 def test_code_in_an_answer() -> None:
     example = Example(task="t", branches=[{}], program="<code>\nassert x == 1")
-    for said in ("x = 1", "Here:\n```\nx = 1\n```\nDone.", "```python\nx = 1", "```py\nx = 1\n```\n```\nx = 2\n```"):
-        assert example.is_right(said, run_code=True), said
+    for reply in ("x = 1", "Here:\n```\nx = 1\n```\nDone.", "```python\nx = 1", "```py\nx = 1\n```\n```\nx = 2\n```"):
+        assert example.is_right(reply, run_code=True), reply

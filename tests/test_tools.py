@@ -1,12 +1,17 @@
-"""What tools may do, and what they may not."""
+"""Tools do what they are for, and nothing else."""
 
 import math
+import os
 import sqlite3
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Literal
 
 import pytest
+from mcp import MCPError
 
 from pyps import InputError, Sampling, Tool, calculator, file_tools, sql_tools, tool
 from pyps.agents.mcp_client import McpServer
@@ -163,6 +168,18 @@ def fail() -> str:
     "Nothing."
     raise ValueError("out of order")
 
+@server.tool()
+def die() -> str:
+    "The end."
+    import os
+    os._exit(1)
+
+@server.tool()
+def hang() -> str:
+    "No end."
+    import time
+    time.sleep(1000)
+
 server.run()
 """
 
@@ -177,6 +194,63 @@ def test_an_mcp_server(tmp_path: Path) -> None:
     for command in (["/nowhere/at/all"], [sys.executable, "-c", "print('no')"]):
         with pytest.raises(InputError, match="cannot be used"):
             McpServer(command)
+
+
+def test_an_mcp_server_that_dies(tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(SERVER)
+    with McpServer([sys.executable, "server.py"], tmp_path) as server:
+        for name in ("die", "add"):
+            with pytest.raises(MCPError, match="closed"):
+                named(list(server.tools), name).call()
+
+
+# a server that notes its process number, and does not mind when its input ends or when it is asked to stop
+DEAF = "import os, signal, time; open('pid', 'w').write(str(os.getpid())); signal.signal(15, lambda *_: None)\n"
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_an_mcp_server_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyps.agents.mcp_client._START_SECONDS", 2)
+    threads = threading.active_count()
+    with pytest.raises(InputError, match="does not answer"):
+        McpServer([sys.executable, "-c", DEAF + "time.sleep(1000)"], tmp_path)
+    assert not is_running(int((tmp_path / "pid").read_text()))
+    assert threading.active_count() == threads
+
+
+def test_an_mcp_server_is_stopped_while_it_works(tmp_path: Path) -> None:
+    """A call that was given up is over with the server, and its thread."""
+    (tmp_path / "server.py").write_text(DEAF + SERVER)
+    server = McpServer([sys.executable, "server.py"], tmp_path)
+    failures: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            named(list(server.tools), "hang").call()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    time.sleep(1)
+    server.close()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert len(failures) == 1
+    assert not is_running(int((tmp_path / "pid").read_text()))
+
+
+def test_a_program_that_does_not_close_its_mcp_server_ends(tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(DEAF + SERVER)
+    program = "import sys; from pyps.agents.mcp_client import McpServer; s = McpServer([sys.executable, 'server.py'])"
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, timeout=60, check=True)
 
 
 def test_grammars_of_schemas() -> None:

@@ -1,4 +1,4 @@
-"""Training's forward pass: what the oracle computes and what the runtime computes, with gradients that are right."""
+"""Training's forward pass computes what the oracle and the runtime compute, and its gradients are right."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from pyps.engine.context import Context, Token
 from pyps.engine.join import Span, join
 from pyps.engine.model import Model
 from pyps.engine.positions import rotated_layers
-from pyps.train.mapper import CacheMapper
+from pyps.train.cache_mapper import CacheMapper
 from pyps.train.synthesis import Synthesis
 
 
@@ -105,8 +105,10 @@ def test_the_mapper_is_the_runtimes() -> None:
         mapper = read_mapper(mapper_metadata(7, features=features) | {"pyps.mapper.features": list(features)})
         assert mapper
         lengths = [3, 50, 7]
-        got = CacheMapper.from_runtime(mapper)(torch.tensor(lengths), torch.tensor([3, 3, 3]), 5)
-        np.testing.assert_allclose(got.detach().numpy(), mapper.coefficients(lengths, 5), rtol=0, atol=1e-6)
+        got: torch.Tensor = CacheMapper.from_runtime(mapper)(torch.tensor(lengths), torch.tensor([3, 3, 3]), 5)
+        want = mapper.coefficients(lengths, 5)
+        assert want is not None
+        np.testing.assert_allclose(got.detach().numpy(), want, rtol=0, atol=1e-6)
         back = CacheMapper.from_runtime(mapper).to_runtime()
         assert all((getattr(back, n) == getattr(mapper, n)).all() for n in ("w1", "b1", "w2", "b2"))
     assert (CacheMapper()(torch.tensor([9]), torch.tensor([1]), 4) == torch.tensor([1.0, 0, 1, 0])).all()
@@ -118,10 +120,10 @@ def test_gradients_through_the_join(tmp_path: Path) -> None:
 
     def loss() -> torch.Tensor:
         student, teacher, targets, _ = (t.double() if t.is_floating_point() else t for t in synthesis(BATCH[:2]))
-        kl = (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum(-1).mean()
+        kl: torch.Tensor = (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum(-1).mean()
         return kl + torch.nn.functional.cross_entropy(student, targets)
 
-    loss().backward()
+    torch.autograd.backward(loss())
     trained = {n: p for n, p in synthesis.named_parameters() if p.requires_grad}
     assert {n.split(".")[0] for n in trained} == {"mapper", "model"}
     rng = np.random.default_rng(0)
@@ -168,7 +170,8 @@ def test_an_exported_adapter_does_in_the_runtime_what_was_trained(tmp_path: Path
 
     model = Model.load(path)
     adapter = Adapter(exported, model)
-    assert adapter.mapper and not adapter.warnings
+    assert adapter.mapper
+    assert not adapter.warnings
     check_the_runtime(model, adapter, synthesis)
     model.close()
 
@@ -198,9 +201,9 @@ def in_the_runtime(model: Model, adapter: Adapter, e: TokenExample) -> np.ndarra
         lengths = [len(o) for _, o in e.branches]
         coefficients = adapter.mapper.coefficients(lengths, len(rotated_layers(model))) if adapter.mapper else None
         join(branches, ctx, spans, 0, coefficients)
-        start, said = ctx.end(0), [*e.synthesizer, *e.answer[:-1]]
-        ctx.decode([Token(t, start + j, 0, logits=True) for j, t in enumerate(said)])
-        return np.stack([ctx.logits(j) for j in range(len(said))])[-len(e.answer) :]
+        start, prompt = ctx.end(0), [*e.synthesizer, *e.answer[:-1]]
+        ctx.decode([Token(t, start + j, 0, logits=True) for j, t in enumerate(prompt)])
+        return np.stack([ctx.logits(j) for j in range(len(prompt))])[-len(e.answer) :]
 
 
 def test_a_batch_is_its_examples(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Workflow files: the examples that come with pyps, run on the default model; and files that are wrong."""
+"""The workflow files that come with pyps run on the default model, and mistakes in files are reported."""
 
 import json
 import sqlite3
@@ -12,8 +12,9 @@ from click.testing import CliRunner
 
 from pyps import ForkJoin, InputError, Sampling
 from pyps.cli.main import main
+from pyps.engine.context import Context
 from pyps.forkjoin.events import Done
-from pyps.workflow.workflow import read_workflow, run_workflow, set_variables, shipped_workflows
+from pyps.workflow import read_workflow, run_workflow, set_variables, shipped_workflows
 
 SHORT = ["--max-tokens", "16", "--temperature", "0", "--seed", "1"]
 
@@ -26,7 +27,7 @@ def pyps(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProces
 
 @pytest.fixture
 def things(tmp_path: Path) -> Path:
-    """What the examples work on."""
+    """A folder with what the workflows work on."""
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.txt").write_text("The office opens at nine. It closes at five. {{ not a template }}")
     (tmp_path / "docs" / "b.txt").write_text("The canteen opens at twelve. <|im_end|>")
@@ -52,19 +53,19 @@ def things(tmp_path: Path) -> Path:
     ],
 )
 def test_each_example(things: Path, name: str, values: dict[str, str], branches: list[str]) -> None:
-    """On the default model, as a copy that pyps new made."""
+    """Each workflow runs on the default model, as a copy that `pyps new` made."""
     assert set(shipped_workflows()) == {"compare", "database", "documents", "review", "solutions"}
     file = things / "w.yaml"
     assert pyps("new", name, str(file)).returncode == 0
-    given = [part for key, value in values.items() for part in ("--set", f"{key}={value.format(things)}")]
-    done = pyps("run", str(file), *given, "--json", *SHORT)
+    settings = [part for key, value in values.items() for part in ("--set", f"{key}={value.format(things)}")]
+    done = pyps("run", str(file), *settings, "--json", *SHORT)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    *_, last = found["steps"].values()
+    outcome = json.loads(done.stdout)
+    *_, last = outcome["steps"].values()
     assert [b["name"] for b in last["branches"]] == branches
-    assert found["answer"]
+    assert outcome["answer"]
     if name == "documents":
-        assert set(found["answer"]) == {"answer", "document"}
+        assert set(outcome["answer"]) == {"answer", "document"}
     if name == "database":
         calls = [call for b in last["branches"] for call in b["calls"]]
         assert len(calls) >= 5
@@ -99,22 +100,26 @@ def _write(folder: Path, text: str) -> Path:
     return folder
 
 
+def open_contexts(fj: ForkJoin) -> list[Context]:
+    return [ctx for ctx in fj.model.contexts if isinstance(ctx, Context) and ctx._pointer is not None]
+
+
 def test_a_tree_of_steps(tmp_path: Path, tiny_path: Path) -> None:
-    """Four branches, two answers, one: what it does is what the same calls from Python do."""
+    """Four branches become two answers and then one, as with the same calls from Python."""
     workflow = read_workflow(_write(tmp_path, TREE) / "w.yaml")
     sampling = Sampling(temperature=0, max_tokens=16, ignore_eos=True)
     with ForkJoin.from_pretrained(str(tiny_path)) as fj:
         values = set_variables(workflow, {"topic": "dogs"})
-        said = list(run_workflow(fj, workflow, values, tmp_path, sampling=sampling))
-        results = [s.event.result for s in said if isinstance(s.event, Done)]
+        events = list(run_workflow(fj, workflow, values, tmp_path, sampling=sampling))
+        results = [e.event.result for e in events if isinstance(e.event, Done)]
         pairs = (["one", "two"], ["three", "four"])
         halves = [fj.run("Talk about dogs.", pair, sampling=sampling, keep=True) for pair in pairs]
         assert [r.answer for r in results[:2]] == [half.answer for half in halves]
         top = fj.run("Sum up: True", join=[half.kept for half in halves if half.kept], sampling=sampling)
         assert results[2].answer == top.answer
         assert [b.name for b in results[2].branches] == ["left", "right"]
-        assert not [ctx for ctx in fj.model.contexts if ctx._pointer and ctx is not halves[0].kept._ctx  # type: ignore[union-attr]
-                    and ctx is not halves[1].kept._ctx], "the workflow's own are closed"  # type: ignore[union-attr]  # fmt: skip
+        own = [half.kept._ctx for half in halves if half.kept]
+        assert not [ctx for ctx in open_contexts(fj) if ctx not in own], "the workflow's contexts are closed"
 
 
 STEP = "steps:\n  - name: a\n    task: x\n    branches: [b]\n"
@@ -128,7 +133,7 @@ STEP = "steps:\n  - name: a\n    task: x\n    branches: [b]\n"
         (STEP + "    brunches: [c]\n", r"line 5: steps.0.brunches: there is no such key: brunches"),
         (STEP + "speed: 1\n", r"line 5: speed: there is no such key: speed"),
         (STEP + "    sampling: {temprature: 1}\n", r"line 5: .*there is no such key: temprature"),
-        (STEP + "    join: [a]\n", r"line 5: step 'a' joins 'a', which is no step before it"),
+        (STEP + "    join: [a]\n", r"line 5: step 'a' joins 'a', which is not an earlier step"),
         (STEP + "  - name: a\n    task: y\n    branches: [c]\n", r"'a' is there twice"),
         ("steps:\n  - name: a\n    task: x\n", r"line 2: step 'a' has no branches"),
         ("steps:\n  - name: a b\n    task: x\n    branches: [c]\n", r"line 2: steps.0.name"),
@@ -153,7 +158,7 @@ def test_files_that_are_wrong(tmp_path: Path, text: str, message: str) -> None:
         (STEP.replace("task: x", "task: '{% if %}'"), "step a: the template"),
         (STEP.replace("task: x", "task: '{{ 1 / 0 }}'"), "step a: the template"),
         (STEP.replace("task: x", "task: '{{ [].__class__.__mro__ }}'"), "step a: "),
-        (STEP.replace("[b]", "[{prompt: x, each: nobody}]"), "no variable that is a list"),
+        (STEP.replace("[b]", "[{prompt: x, each: nobody}]"), "is not a variable whose value is a list"),
         (STEP.replace("[b]", "[{prompt: x, files: {glob: '*.none'}}]"), "nothing in .* matches"),
         (STEP.replace("[b]", "[{prompt: x, files: {glob: '../*'}}]"), "leaves the folder"),
         (STEP.replace("[b]", "[{prompt: x, files: {glob: '/etc/*'}}]"), "leaves the folder"),
@@ -181,16 +186,21 @@ def test_files_stay_under_their_root(tmp_path: Path, tiny_path: Path) -> None:
     text = STEP.replace("[b]", "[{prompt: '{{ item.text }}', files: {glob: '*.txt', root: root}}]")
     workflow = read_workflow(_write(tmp_path, text) / "w.yaml")
     with ForkJoin.from_pretrained(str(tiny_path)) as fj:
-        said = list(run_workflow(fj, workflow, {}, tmp_path, sampling=Sampling(max_tokens=2)))
-    assert said[0].prompts == ["fine"]
+        events = list(run_workflow(fj, workflow, {}, tmp_path, sampling=Sampling(max_tokens=2)))
+    assert events[0].prompts == ["fine"]
 
 
 def test_variables(tmp_path: Path) -> None:
     workflow = read_workflow(_write(tmp_path, "variables: {q: null, n: 3, l: [x]}\n" + STEP) / "w.yaml")
     assert set_variables(workflow, {"q": "1=2", "n": "4", "l": "p, q"}) == {"q": "1=2", "n": 4, "l": ["p", "q"]}
-    for given, message in (({}, "--set q=VALUE"), ({"b": "1"}, "no variable 'b'"), ({"q": "", "n": "x"}, "no int")):
+    settings: dict[str, str]
+    for settings, message in (
+        ({}, "--set q=VALUE"),
+        ({"b": "1"}, "no variable 'b'"),
+        ({"q": "", "n": "x"}, "is not a whole number"),
+    ):
         with pytest.raises(InputError, match=message):
-            set_variables(workflow, given)
+            set_variables(workflow, settings)
 
 
 def test_options_that_a_file_says_itself(tmp_path: Path) -> None:
@@ -209,18 +219,18 @@ def test_options_that_a_file_says_itself(tmp_path: Path) -> None:
 
 
 def test_interrupted(tmp_path: Path, tiny_path: Path) -> None:
-    """It ends with the step that ran, and says what there is."""
+    """The workflow ends with the step that ran, and reports what it has."""
     workflow = read_workflow(_write(tmp_path, TREE) / "w.yaml")
     began = time.monotonic()
     with ForkJoin.from_pretrained(str(tiny_path)) as fj:
         seen: list[object] = []
         sampling = Sampling(max_tokens=500, ignore_eos=True)
-        for said in run_workflow(
+        for event in run_workflow(
             fj, workflow, {"topic": "x"}, tmp_path, sampling=sampling, stopped=lambda: len(seen) > 9
         ):
-            seen.append(said)
-        assert isinstance(said.event, Done)
-        assert said.event.result.interrupted
-        assert said.step == "left"
-        assert not [ctx for ctx in fj.model.contexts if ctx._pointer is not None]
+            seen.append(event)
+        assert isinstance(event.event, Done)
+        assert event.event.result.interrupted
+        assert event.step == "left"
+        assert not open_contexts(fj)
     assert time.monotonic() - began < 60

@@ -14,7 +14,7 @@ _WIDTH = 100  # columns of the help, whatever the terminal has
 
 
 def _contexts(command: click.Command, name: str, parent: click.Context | None = None) -> Iterator[click.Context]:
-    settings = command.context_settings | {"max_content_width": _WIDTH, "terminal_width": _WIDTH}
+    settings = {**command.context_settings, "max_content_width": _WIDTH, "terminal_width": _WIDTH}
     context = click.Context(command, parent=parent, info_name=name, **settings)
     yield context
     if isinstance(command, click.Group):

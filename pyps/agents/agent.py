@@ -1,5 +1,6 @@
-"""Sequences that take several turns and call tools. Each turn is a generation: first choices, JSON that a grammar keeps
-right, then the answer.
+"""Sequences that take several turns and call tools.
+
+Each turn is a generation: first choices, JSON that a grammar keeps right, then the answer.
 
     prompt, tools | {"tool": "sql", "arguments": …} | result | {"tool": "answer"} | "Give your answer, …" | answer
 
@@ -64,8 +65,10 @@ class Assignment:
         return self.limits.max_calls * a_call + _CALL_TOKENS + after_result + self.sampling.max_tokens
 
     def choice_grammar(self, may_answer: bool) -> str:
-        """Return the grammar of a choice among the tools, and of answering. Raises InputError if a tool's parameters
-        have none."""
+        """Return the grammar of a choice among the tools, and of answering.
+
+        Raises InputError if a tool's parameters have no grammar.
+        """
         kinds: list[dict[str, Any]] = [{"tool": {"const": t.name}, "arguments": t.parameters} for t in self.tools]
         if may_answer:
             kinds.append({"tool": {"const": ANSWER}})
@@ -171,8 +174,10 @@ class Agent:
         self.turn.computed()
 
     def advance(self, index: int) -> str:
-        """Choose the next token from the index-th logits of the last batch; return new text of the answer. A choice
-        that is complete begins a call, or the answer."""
+        """Choose the next token from the index-th logits of the last batch; return new text of the answer.
+
+        A choice that is complete begins a call, or the answer.
+        """
         turn = self.turn
         text = turn.advance(index)
         if turn is self.final:

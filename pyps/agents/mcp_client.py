@@ -1,14 +1,18 @@
-"""Tools of an MCP server (pyps[mcp]), which is a program of the user's that pyps starts and stops."""
+"""Tools of an MCP server (pyps-llama[mcp]), which is a program of the user's that pyps starts and stops."""
 
-import asyncio
-import threading
-from collections.abc import Sequence
-from concurrent.futures import Future, TimeoutError
+import contextlib
+import math
+import weakref
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyps.agents.tools import Tool
-from pyps.errors import InputError
+from pyps.errors import InputError, missing_extra
+
+if TYPE_CHECKING:
+    import mcp
+    import mcp_types
 
 _START_SECONDS = 30.0
 
@@ -17,61 +21,49 @@ class McpServer:
     """A server that speaks the Model Context Protocol on its standard input and output. Close it, or use `with`.
 
     Args:
-        command: the program and its arguments; folder: where it runs.
+        command: The program and its arguments.
+        folder: Where it runs; None for the current folder.
 
     Attributes:
-        tools: what it offers.
+        tools: The tools that it offers.
 
     Raises:
-        InputError: the package mcp is missing, or the server does not start.
+        InputError: The package mcp is missing, or the server does not start.
     """
 
     def __init__(self, command: Sequence[str], folder: Path | None = None) -> None:
         try:
-            from mcp import Client, StdioServerParameters
+            import anyio.from_thread
+            from mcp import StdioServerParameters
         except ImportError:
-            raise InputError("MCP servers need the package mcp: pip install 'pyps[mcp]'") from None
+            raise missing_extra("MCP servers need the package mcp", "mcp") from None
         parameters = StdioServerParameters(command=command[0], args=list(command[1:]), cwd=folder)
-        ready: Future[list[Any]] = Future()
-        self._task: asyncio.Task[None] | None = None
-
-        async def live() -> None:
-            self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+        with contextlib.ExitStack() as stack:  # which stops the server if anything here fails, Ctrl-C included
+            self._portal = stack.enter_context(anyio.from_thread.start_blocking_portal())
+            # calls that were given up may never end: they are cancelled, where the portal alone would wait for them
+            stack.callback(self._portal.call, self._portal.stop, True)
             try:
-                async with Client(parameters) as self._client:
-                    ready.set_result((await self._client.list_tools()).tools)
-                    await asyncio.Event().wait()  # until it is cancelled
-            except BaseException as error:
-                if not ready.done():
-                    ready.set_exception(error)
+                connection = self._portal.wrap_async_context_manager(_connect(parameters))
+                self._client, specs = stack.enter_context(connection)
+            except TimeoutError:
+                raise InputError(f"the MCP server {command[0]} does not answer") from None
+            except Exception as error:
+                while inner := getattr(error, "exceptions", None):  # task groups put what happened into groups
+                    error = inner[0]
+                raise InputError(f"the MCP server {command[0]} cannot be used: {error}") from None
+            self.tools = tuple(map(self._tool, specs))
+            # at the interpreter's exit too, since its end would wait for the portal's thread forever
+            self._stop = weakref.finalize(self, _stop, stack.pop_all())
 
-        self._thread = threading.Thread(target=lambda: asyncio.run(live()), daemon=True)
-        self._thread.start()
-        try:
-            found = ready.result(_START_SECONDS)
-        except TimeoutError:
-            self.close()
-            raise InputError(f"the MCP server {command[0]} does not answer") from None
-        except Exception as error:
-            while inner := getattr(error, "exceptions", None):  # task groups put what happened into groups
-                error = inner[0]
-            raise InputError(f"the MCP server {command[0]} cannot be used: {error}") from None
-        try:
-            self.tools = tuple(self._tool(tool) for tool in found)
-        except InputError:
-            self.close()
-            raise
-
-    def _tool(self, tool: Any) -> Tool:
+    def _tool(self, spec: "mcp_types.Tool") -> Tool:
         def call(**arguments: Any) -> str:
-            asked = asyncio.run_coroutine_threadsafe(self._client.call_tool(tool.name, arguments), self._loop)
-            result = asked.result()
+            result = self._portal.call(self._client.call_tool, spec.name, arguments)
             text = "\n".join(part.text for part in result.content if part.type == "text")
             if result.is_error:
                 raise RuntimeError(text)
             return text
 
-        return Tool(tool.name, " ".join((tool.description or "").split()), tool.input_schema, call)
+        return Tool(spec.name, " ".join((spec.description or "").split()), spec.input_schema, call)
 
     def __enter__(self) -> "McpServer":
         return self
@@ -80,7 +72,26 @@ class McpServer:
         self.close()
 
     def close(self) -> None:
-        """Stops the server, one that has not answered yet too."""
-        if self._task and self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._task.cancel)
-            self._thread.join(_START_SECONDS)
+        """Stop the server, whatever it is doing."""
+        self._stop()
+
+
+def _stop(stack: contextlib.ExitStack) -> None:
+    with contextlib.suppress(Exception):  # a server that has died already
+        stack.close()
+
+
+@contextlib.asynccontextmanager
+async def _connect(
+    parameters: "mcp.StdioServerParameters",
+) -> AsyncIterator[tuple["mcp.Client", list["mcp_types.Tool"]]]:
+    """Start a server, and yield a client and the tools. Raises TimeoutError if it does not answer in time."""
+    import anyio
+    from mcp import Client
+
+    # the scope must be around all of the client's life, since scopes nest: once there is an answer, it has no end
+    with anyio.fail_after(_START_SECONDS) as scope:
+        async with Client(parameters) as client:
+            specs = (await client.list_tools()).tools
+            scope.deadline = math.inf
+            yield client, specs

@@ -1,12 +1,12 @@
-"""Tools that a branch may call: Python functions, some that are built in, and those of MCP servers.
+"""Tools that a branch may call: Python functions, the built-in ones, and those of MCP servers.
 
     @pyps.tool
     def population(country: str) -> str:
         "How many people live in a country."
         return …
 
-Type hints say what the arguments are, and the docstring what the tool is for: a model sees both. Nothing that is built
-in writes, or runs programs.
+Type hints say what the arguments are, and the docstring says what the tool is for: a model sees both. No built-in tool
+writes anything or runs programs.
 """
 
 import ast
@@ -23,7 +23,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError, create_model
 from pydantic.json_schema import GenerateJsonSchema
 
-from pyps.errors import InputError
+from pyps.errors import InputError, first_of
 
 _NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_-]{0,63}$")
 ANSWER = "answer"  # what a branch "calls" when it has called enough
@@ -36,8 +36,15 @@ _MAX_FILE = 1 << 20  # bytes that are read of a file
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A branch's call of a tool. `arguments` is as the model wrote them; `failed` says that the result is an error, the
-    time limit for one."""
+    """A call of a tool by a branch.
+
+    Attributes:
+        name: The tool's name.
+        arguments: The arguments as the model wrote them.
+        result: What the tool returned, as text, or the error.
+        failed: Whether the result is an error; running out of time is one.
+        ms: Milliseconds that it took.
+    """
 
     name: str
     arguments: Any
@@ -48,15 +55,16 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a branch with tools.
+    """How often, and for how long, a branch may call tools.
 
     Attributes:
-        min_calls, max_calls: calls that it must, and may, make before it answers.
-        seconds: after which a call is given up.
-        result_tokens: to which a result is cut.
+        min_calls: Calls that it must make before it answers.
+        max_calls: Calls that it may make before it answers.
+        seconds: Time after which a call is given up.
+        result_tokens: Tokens that a result is cut to.
 
     Raises:
-        InputError: a value out of range.
+        InputError: A value is out of range.
     """
 
     min_calls: int = 0
@@ -66,13 +74,17 @@ class Limits:
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_calls <= self.max_calls <= 100:
-            raise InputError(f"calls: 0 <= {self.min_calls} (least) <= {self.max_calls} (most) <= 100 is not so")
+            raise InputError(
+                f"min_calls ({self.min_calls}) must be at least 0 and not larger than max_calls ({self.max_calls}), "
+                "and max_calls at most 100"
+            )
         if not 0 < self.seconds <= 86400:
-            raise InputError(f"a call may take up to 86,400 seconds, and more than 0, not {self.seconds}")
+            raise InputError(f"seconds ({self.seconds}) must be more than 0 and at most 86,400")
         if not 1 <= self.result_tokens < 2**20:
-            raise InputError(f"a result must be cut to at least 1 token, not {self.result_tokens}")
+            raise InputError(f"result_tokens ({self.result_tokens}) must be at least 1 and less than {2**20:,}")
 
 
+# what a branch with tools gives to the synthesizer: its answer, all that it generated, or the tools' results as well
 JoinedPart = Literal["final", "generated", "everything"]
 
 
@@ -81,10 +93,14 @@ class Tool:
     """Something that a branch may call.
 
     Attributes:
-        name, description: what the model knows it by.
-        parameters: JSON schema of its arguments, an object.
-        call: takes them as keywords; what it returns is given to the model as text. It may raise anything: the model is
-            told. Several branches may call it at once, each on a thread.
+        name: What the model calls it by.
+        description: What the model is told that it does.
+        parameters: A JSON schema of its arguments, which are an object.
+        call: A function that takes the arguments as keywords. The model reads what it returns, as text, or the
+            message of what it raises. Several branches may call it at once, each on a thread.
+
+    Raises:
+        InputError: The name is not possible.
     """
 
     name: str
@@ -98,12 +114,16 @@ class Tool:
 
     @property
     def signature(self) -> str:
-        """For a prompt: sql(query) - Rows of …"""
+        """The tool in one line, for a prompt: sql(query) - The rows of a SELECT."""
         return f"{self.name}({', '.join(self.parameters.get('properties', {}))}) - {self.description}"
 
 
 def tool(function: Callable[..., Any]) -> Tool:
-    """A function as a tool. Raises InputError if a parameter has no type hint, or one that JSON cannot express."""
+    """Return a function as a tool: its name, its docstring, and its parameters with their type hints.
+
+    Raises:
+        InputError: A parameter has no type hint, or one that JSON cannot express.
+    """
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
@@ -118,39 +138,44 @@ def tool(function: Callable[..., Any]) -> Tool:
         # pydantic's complaints about types are of several kinds
         raise InputError(f"tool {function.__name__}: its parameters cannot be described in JSON: {error}") from None
 
-    def call(**given: Any) -> Any:
-        checked = arguments.model_validate(given)
+    def call(**values: Any) -> Any:
+        checked = arguments.model_validate(values)
         return function(**{name: getattr(checked, name) for name in fields})
 
     return Tool(function.__name__, " ".join((inspect.getdoc(function) or "").split()), schema, call)
 
 
 class _Plain(GenerateJsonSchema):
-    """Without titles, which say nothing and cost tokens."""
+    """A schema without titles, which say nothing and cost tokens."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
+        """Return False: no field has a title."""
         return False
 
 
 def _inside(root: Path, path: str) -> Path:
-    """A path under root. Raises ValueError for one outside, through symbolic links too."""
-    real = root.resolve()
-    found = (real / path).resolve()
-    if not found.is_relative_to(real):
+    """Return a path under root. Raises ValueError if it is outside, also through symbolic links."""
+    real_root = root.resolve()
+    real_path = (real_root / path).resolve()
+    if not real_path.is_relative_to(real_root):
         raise ValueError(f"{path} is outside the folder")
-    return found
+    return real_path
 
 
 def file_tools(root: Path) -> list[Tool]:
-    """list_files, read_file and search_files, under one folder. Raises InputError if there is none."""
+    """Return the tools list_files, read_file and search_files for the files under one folder.
+
+    Raises:
+        InputError: There is no such folder.
+    """
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"there is no folder {root}")
 
     def files(folder: str) -> Iterator[Path]:
-        real = root.resolve()
+        real_root = root.resolve()
         for path in sorted(_inside(root, folder).rglob("*")):
-            if path.is_file() and path.resolve().is_relative_to(real):
+            if path.is_file() and path.resolve().is_relative_to(real_root):
                 yield path
 
     def list_files(folder: str = ".") -> str:
@@ -165,22 +190,29 @@ def file_tools(root: Path) -> list[Tool]:
 
     def search_files(text: str, folder: str = ".") -> str:
         """Lines of files that contain a text."""
-        found: list[str] = []
+        matches: list[str] = []
         for path in files(folder):
             with path.open(encoding="utf-8", errors="ignore") as file:
                 lines = enumerate(file.read(_MAX_FILE).splitlines(), 1)
             name = path.relative_to(root.resolve()).as_posix()
-            found += [f"{name}:{n}: {line.strip()}" for n, line in lines if text.lower() in line.lower()]
-            if len(found) >= _MAX_LISTED:
+            matches += [f"{name}:{n}: {line.strip()}" for n, line in lines if text.lower() in line.lower()]
+            if len(matches) >= _MAX_LISTED:
                 break
-        return "\n".join(found[:_MAX_LISTED]) or "no line contains it"
+        return "\n".join(matches[:_MAX_LISTED]) or "no line contains it"
 
     return [tool(list_files), tool(read_file), tool(search_files)]
 
 
 def sql_tools(database: Path, seconds: float = 5.0) -> list[Tool]:
-    """sql and tables, on an SQLite file that they cannot change; what sql is described by names the tables. Raises
-    InputError if it is none."""
+    """Return the tools sql and tables for an SQLite file, which they cannot change.
+
+    Args:
+        database: The file. The description of sql names its tables.
+        seconds: About the time after which a query is interrupted.
+
+    Raises:
+        InputError: The file is not an SQLite database.
+    """
     database = Path(database)
     if not database.is_file():
         raise InputError(f"there is no database {database}")
@@ -213,16 +245,17 @@ def sql_tools(database: Path, seconds: float = 5.0) -> list[Tool]:
         return rows_of("SELECT sql AS tables FROM sqlite_master WHERE type IN ('table', 'view') AND sql IS NOT NULL")
 
     try:
-        there = tables().splitlines()[1:]
+        statements = tables().splitlines()[1:]
     except sqlite3.Error as error:
-        raise InputError(f"{database}: no SQLite database: {error}") from None
-    run = tool(sql)
+        raise InputError(f"{database}: not an SQLite database: {error}") from None
+    query_tool = tool(sql)
     # so that a model need not ask, or guess, first
-    named = " ".join(" ".join(there).split())[:_MAX_DESCRIBED]
-    return [replace(run, description=f"{run.description} The database: {named or 'no tables'}"), tool(tables)]
+    schema = " ".join(" ".join(statements).split())[:_MAX_DESCRIBED]
+    description = f"{query_tool.description} The database: {schema or 'no tables'}"
+    return [replace(query_tool, description=description), tool(tables)]
 
 
-# what a statement may do; everything else, ATTACH and PRAGMA among it, is denied
+# what a statement may do; everything else is denied, ATTACH and PRAGMA too
 _READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 
 
@@ -276,8 +309,8 @@ def _value(node: ast.expr) -> float:
 
 
 def explain(error: BaseException) -> str:
-    """What a model is told about a call that failed."""
+    """Return what a model reads about a call that failed."""
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        loc, message = first_of(error)
+        return f"{'.'.join(map(str, loc))}: {message}"
     return str(error) or type(error).__name__

@@ -53,7 +53,7 @@ def _fail(ctx: click.Context, message: str, exit_code: int) -> None:
     ctx.exit(exit_code)
 
 
-class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+class Numbers(click.ParamType):  # type: ignore[type-arg]  # older versions of click have no arguments there
     """Whole numbers with commas between them."""
 
     name = "numbers"
@@ -78,7 +78,7 @@ class Weights(Numbers):
     what = "numbers"
 
 
-class NameValue(click.ParamType):  # type: ignore[type-arg]
+class NameValue(click.ParamType):  # type: ignore[type-arg]  # older versions of click have no arguments there
     """A name and a value with an equals sign between them."""
 
     name = "name=value"

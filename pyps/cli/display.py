@@ -12,15 +12,7 @@ from rich.text import Text
 
 from pyps.agents.tools import ToolCall
 from pyps.forkjoin.branches import BranchResult
-from pyps.forkjoin.events import (
-    AnswerToken,
-    BranchDone,
-    BranchToken,
-    Done,
-    Event,
-    Result,
-    ToolCalled,
-)
+from pyps.forkjoin.events import AnswerToken, BranchDone, BranchToken, Done, Event, Result, ToolCalled
 
 _PANEL_WIDTH = 36  # narrowest column in which text reads well
 
@@ -72,6 +64,8 @@ def one_line(text: str) -> str:
 
 
 def _remark(branch: BranchResult) -> str:
+    if branch.error is not None:
+        return f"failed: {branch.error}"
     if branch.tokens == 0:
         return "said nothing: joined as empty"
     return f"{branch.tokens} tokens" + (", cut at its limit" if branch.finish_reason == "length" else "")

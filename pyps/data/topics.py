@@ -1,4 +1,4 @@
-"""Open tasks, and sides of each that a branch may be asked about. Every fifth is for held-out examples."""
+"""Open tasks, with the sides of each that a branch may be asked about. Every fifth is for held-out examples."""
 
 BRANCHES = ("Talk about {}.", "Focus on {}.", "What about {}?", "Write only about {}, shortly.")
 

@@ -27,7 +27,7 @@ _CELL_BYTES = 64  # what llama.cpp notes about a cell, about: positions, sequenc
 
 
 def split_kv_type(kv_type: str) -> tuple[str, str]:
-    """The types of K and V: of both ("f16") or of one each ("q8_0/f16"). Raises InputError."""
+    """Return the types of K and V from a type for both ("f16") or one each ("q8_0/f16"). Raises InputError."""
     types = kv_type.split("/")
     if len(types) > 2 or not set(types) <= KV_TYPES.keys():
         raise InputError(
@@ -38,18 +38,20 @@ def split_kv_type(kv_type: str) -> tuple[str, str]:
 
 
 def needs_flash_attn(kv_type: str) -> bool:
-    """llama.cpp has a quantised V only with flash attention."""
+    """Return whether a cache of this type needs flash attention: llama.cpp has a quantised V only with it."""
     return split_kv_type(kv_type)[1] in _QUANTISED
 
 
 def prefers_flash_attn(kv_type: str) -> bool:
-    """Whether a context that decodes should have flash attention: on a GPU it is better for every batch, on a CPU it
-    is much slower for short ones."""
+    """Return whether a context that decodes should have flash attention.
+
+    On a GPU it is better for every batch; on a CPU it is much slower for short ones.
+    """
     return needs_flash_attn(kv_type) or bool(llama_cpp.llama_supports_gpu_offload())
 
 
 def round_up(n_ctx: int) -> int:
-    """The cells that llama.cpp gives a sequence which is to have n_ctx."""
+    """Return how many cells llama.cpp gives a sequence that is to have n_ctx."""
     return -(-n_ctx // 256) * 256
 
 
@@ -70,21 +72,22 @@ class Context:
     thread-safe. Close it (or use `with`).
 
     Args:
-        model: closing it closes the context.
-        n_ctx: cells of each sequence, rounded up to a multiple of 256 by llama.cpp.
-        n_seq: number of sequences, 1 to 256.
-        kv_type: a key of KV_TYPES, or two of them, of K and V: "q8_0/f16". A quantised V needs flash_attn.
-        flash_attn: on a CPU it is faster for long prefills and much slower for short batches and decoding.
-        threads: None for what suits the model on this machine (tuned.py).
-        unified: one buffer for all sequences instead of a stream each.
-        n_batch: most tokens that are computed at once; None likewise.
-        n_logits: most tokens of one batch whose logits may be asked for; None for n_seq. Memory grows with it.
-        swa_full: keep all cells of layers with a sliding window, as a join of whole branches needs. False keeps about a
-            window of them, as other users of llama.cpp do.
+        model: Closing it closes the context.
+        n_ctx: Cells of each sequence; llama.cpp rounds them up to a multiple of 256.
+        n_seq: Number of sequences, 1 to 256.
+        kv_type: Type of K and V, a key of KV_TYPES; or one of each: "q8_0/f16". A quantised V needs flash_attn.
+        flash_attn: Whether to use flash attention. On a CPU it is faster for long prefills and much slower for short
+            batches and decoding.
+        threads: Threads that compute; None for what suits the model on this machine (tuned.py).
+        unified: Whether all sequences share one buffer instead of having a stream each.
+        n_batch: Most tokens that are computed at once; None likewise.
+        n_logits: Most tokens of one batch whose logits may be asked for; None for n_seq. Memory grows with it.
+        swa_full: Whether layers with a sliding window keep all their cells, as a join of whole branches needs. If not,
+            they keep about a window.
 
     Raises:
-        InputError: a size or type that cannot be, or not enough memory.
-        RefusedError: a model that cannot generate text.
+        InputError: A size or type is not possible, or there is not enough memory.
+        RefusedError: The model cannot generate text.
     """
 
     def __init__(
@@ -158,6 +161,7 @@ class Context:
         self.close()
 
     def close(self) -> None:
+        """Free the context and its cache."""
         # a context whose borrowed model is gone cannot be freed any more
         if self._pointer is not None and self.model.is_open:
             with log.captured():
@@ -179,21 +183,22 @@ class Context:
 
     @property
     def address(self) -> int:
+        """The llama_context's address, for the extension. Raises InputError once closed."""
         return int(ctypes.cast(self.pointer, ctypes.c_void_p).value or 0)
 
     def _check_seq(self, seq: int) -> None:
-        """llama.cpp aborts the process on an unknown sequence, or a closed context."""
+        """Raise InputError for a sequence or a context that is not there: llama.cpp would abort the process."""
         self.pointer  # noqa: B018
         if not 0 <= seq < self.n_seq:
             raise InputError(f"sequence {seq} does not exist: this context has sequences 0 to {self.n_seq - 1}")
 
     def end(self, seq: int) -> int:
-        """The position after the last of the sequence; 0 if it is empty."""
+        """Return the position after the last of the sequence; 0 if it is empty."""
         self._check_seq(seq)
         return int(llama_cpp.llama_memory_seq_pos_max(self._memory, seq)) + 1
 
     def n_cells(self, seq: int) -> int:
-        """Cells that the sequence takes: more than positions where spans have been joined."""
+        """Return the cells that the sequence takes: more than positions where spans have been joined."""
         self._check_seq(seq)
         return int(native.n_cells(self.address, seq))
 
@@ -219,7 +224,7 @@ class Context:
         Afterwards `logits(i)` and samplers see the tokens of the last batch only.
 
         Raises:
-            InputError: the sequence is full, or the tokens do not continue it.
+            InputError: A sequence is full, or the tokens do not continue it.
             EngineError: llama.cpp failed.
         """
         for chunk in _even_chunks(tokens, self.n_batch):
@@ -255,8 +260,11 @@ class Context:
         raise EngineError(f"llama.cpp could not decode (status {status}): {words or 'no reason given'}")
 
     def warm_up(self) -> None:
-        """Compute something and forget it: the first token is when llama.cpp sets up a LoRA and memory gets its pages,
-        the first prompt is when a GPU loads what reads prompts."""
+        """Compute something and forget it, so that what is measured next pays for nothing but itself.
+
+        With the first token llama.cpp sets up a LoRA and memory gets its pages; with the first prompt a GPU loads what
+        reads prompts.
+        """
         self.prefill(0, [0] * (32 if llama_cpp.llama_supports_gpu_offload() else 1))
         self.clear()
 
@@ -267,7 +275,7 @@ class Context:
         self.decode([Token(id, start + i, seq, logits=i == last) for i, id in enumerate(tokens)])
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:
-        """Logits [n_vocab] of the index-th token of the last batch (a copy). Raises InputError if it has none."""
+        """Return a copy of the logits [n_vocab] of the last batch's index-th token; InputError if it has none."""
         with log.captured():
             values = llama_cpp.llama_get_logits_ith(self.pointer, index)
         if not values:
@@ -275,11 +283,12 @@ class Context:
         return np.ctypeslib.as_array(values, shape=(self.model.n_vocab,)).copy()
 
     def synchronize(self) -> None:
+        """Wait until everything that was asked for is computed."""
         llama_cpp.llama_synchronize(self.pointer)
 
 
 def _check_memory(model: Model, cells: int, kv_type: str) -> None:
-    """Raises InputError if K and V alone would not fit into this machine: llama.cpp would try, and be killed for it."""
+    """Raise InputError if K and V alone do not fit into this machine: llama.cpp would try, and be killed for it."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     size = cells * (cell_bytes(model, kv_type) + _CELL_BYTES)
     if size > physical:
@@ -290,13 +299,13 @@ def _check_memory(model: Model, cells: int, kv_type: str) -> None:
 
 
 def cell_bytes(model: Model, kv_type: str) -> int:
-    """What one cell of a cache of this type takes: K and V of all layers."""
+    """Return the bytes of one cell of a cache of this type: K and V of all layers."""
     sizes = [gguf.GGML_QUANT_SIZES[KV_TYPES[name]] for name in split_kv_type(kv_type)]
     return sum(model.n_layer * model.n_embd_kv * size // block for block, size in sizes)
 
 
 def _even_chunks(tokens: Sequence[Token], most: int) -> Iterable[Sequence[Token]]:
-    """Chunks of nearly equal size: with flash attention a short last one is many times slower than a long one."""
+    """Yield chunks of nearly equal size: with flash attention a short last one is many times slower than a long one."""
     n_chunks = -(-len(tokens) // most)
     start = 0
     for i in range(n_chunks):

@@ -149,10 +149,17 @@ class Member(Protocol):
     def samples(self) -> bool:
         """Whether a token is to be chosen after the pending ones. If not, they still belong to the span."""
 
-    def computed(self) -> None: ...
-    def advance(self, index: int) -> str: ...
-    def fail(self, error: PypsError) -> None: ...
-    def close(self) -> None: ...
+    def computed(self) -> None:
+        """Note that the pending tokens are in the cache."""
+
+    def advance(self, index: int) -> str:
+        """Choose a token from the index-th logits of the last batch; return the text that can be shown now."""
+
+    def fail(self, error: PypsError) -> None:
+        """End with what there is."""
+
+    def close(self) -> None:
+        """Free what choosing tokens needs."""
 
 
 M = TypeVar("M", bound=Member)

@@ -26,19 +26,19 @@ class Sampling:
     """Sampling of one generation.
 
     Attributes:
-        temperature: 0 takes the most likely token always.
-        top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the most likely tokens that together have this probability; 1 keeps all.
-        min_p: keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
-        repeat_penalty: how much less likely a token of the last 64 becomes; 1 is off. Small models loop without it.
+        temperature: 0 always takes the most likely token.
+        top_k: Keep the k most likely tokens; 0 keeps all.
+        top_p: Keep the most likely tokens that together have this probability; 1 keeps all.
+        min_p: Keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
+        repeat_penalty: How much less likely a token of the last 64 becomes; 1 is off. Small models loop without it.
         seed: None draws a new one each time.
-        max_tokens: the generation ends here with finish reason "length".
-        stop: texts that end the generation; they are not part of its text.
-        ignore_eos: never choose a token that ends the generation; for benchmarks.
-        grammar: what the generation must look like, in llama.cpp's GBNF ("root" is all of it); "" for anything.
+        max_tokens: The generation ends here, with finish reason "length".
+        stop: Texts that end the generation; they are not part of its text.
+        ignore_eos: Never choose a token that ends the generation; for benchmarks.
+        grammar: What the generation must look like, in llama.cpp's GBNF ("root" is all of it); "" for anything.
 
     Raises:
-        InputError: a value out of range.
+        InputError: A value is out of range.
     """
 
     temperature: float = 0.7
@@ -71,21 +71,21 @@ class Sampling:
 
     @staticmethod
     def grammar_of(schema: dict[str, Any]) -> str:
-        """The grammar of JSON that a JSON schema describes. Raises InputError if llama.cpp has none for it."""
+        """Return the grammar of the JSON that a schema describes. Raises InputError if llama.cpp has none for it."""
         try:
-            return json_schema_to_gbnf(json.dumps(schema))
+            return str(json_schema_to_gbnf(json.dumps(schema)))
         except Exception as error:
             # the converter asserts, indexes and recurses as it goes
             raise InputError(f"no grammar can be made of this JSON schema ({type(error).__name__}: {error})") from None
 
 
 def draw_seed() -> int:
-    """A seed nobody chose."""
+    """Draw a seed for a generation whose user has not chosen one."""
     return secrets.randbelow(2**31)
 
 
 class Sampler:
-    """llama.cpp's sampler chain for one generation. Close it. Raises InputError for a grammar that is none."""
+    """llama.cpp's sampler chain for one generation. Close it. Raises InputError if the grammar cannot be used."""
 
     def __init__(self, model: Model, sampling: Sampling) -> None:
         seed = draw_seed() if sampling.seed is None else sampling.seed
@@ -123,8 +123,11 @@ class Sampler:
                 raise InputError(f"the grammar cannot be used: {words or 'llama.cpp does not say why'}")
 
     def sample(self, ctx: Context, index: int) -> int:
-        """The token after the index-th of ctx's last batch; a negative index counts its tokens with logits, from the
-        end. Raises InputError if the grammar allows none."""
+        """Choose the token after the index-th of ctx's last batch.
+
+        A negative index counts the batch's tokens with logits, from the end. Raises InputError if the grammar allows no
+        token.
+        """
         if self._grammar is None:
             return int(llama_cpp.llama_sampler_sample(self._chain, ctx.pointer, index))
         logits = ctx.logits(index)
@@ -145,7 +148,7 @@ class Sampler:
     def _choose(
         sampler: ctypes.c_void_p | None, logits: NDArray[np.float32], tokens: Sequence[int] | None = None
     ) -> tuple[int, bool]:
-        """What a sampler selects of these tokens, or all; and whether it leaves the first one possible."""
+        """Return what a sampler selects of these tokens, or of all, and whether it leaves the first one possible."""
         values = _candidates(logits, tokens)
         array = _array(values)
         llama_cpp.llama_sampler_apply(sampler, ctypes.byref(array))
@@ -153,6 +156,7 @@ class Sampler:
         return selected, bool(np.isfinite(values["logit"][0]))
 
     def close(self) -> None:
+        """Free llama.cpp's samplers."""
         for sampler in (self._chain, self._grammar):
             if sampler is not None:
                 llama_cpp.llama_sampler_free(sampler)

@@ -74,8 +74,10 @@ class AsyncForkJoin:
 
 @asynccontextmanager
 async def _thread() -> AsyncIterator[Callable[[Callable[[], T]], Awaitable[T]]]:
-    """Yield a function that calls another one on a thread of its own. At the end the thread has nothing left to do: a
-    model that is closed next is not in use any more."""
+    """Yield a function that calls another one on a thread of its own.
+
+    At the end the thread has nothing left to do: a model that is closed next is not in use any more.
+    """
     loop, pool = asyncio.get_running_loop(), ThreadPoolExecutor(1)
 
     async def call(work: Callable[[], T]) -> T:
@@ -84,5 +86,5 @@ async def _thread() -> AsyncIterator[Callable[[Callable[[], T]], Awaitable[T]]]:
     try:
         yield call
     finally:
-        await call(lambda: None)  # type: ignore[arg-type, return-value]
+        await call(lambda: None)
         pool.shutdown()

@@ -52,8 +52,10 @@ class Cached:
 
 
 class Branches:
-    """Finished branches with their caches: what `ForkJoin.fork` and `ForkJoin.load` return, and `run(…, keep=True)`
-    for its answer. They hold a context: close them, or use `with`.
+    """Finished branches with their caches.
+
+    `ForkJoin.fork` and `ForkJoin.load` return them, and `run(…, keep=True)` for its answer. They hold a context: close
+    them, or use `with`.
 
     Attributes:
         cached: Each branch, and where its cells are.

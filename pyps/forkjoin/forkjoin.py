@@ -164,8 +164,9 @@ class ForkJoin:
         sampling: Sampling | None = None,
         stopped: Stopped = never,
     ) -> Branches:
-        """Run branches alone, and return them with their caches: to be joined by `run(…, join=…)`, as often as one
-        likes, or saved.
+        """Run branches alone, and return them with their caches.
+
+        They can be joined by `run(…, join=…)`, as often as one likes, or saved.
 
         Args:
             task: As `run` takes it.
@@ -200,8 +201,9 @@ class ForkJoin:
         sampling: Sampling | None = None,
         stopped: Stopped = never,
     ) -> list[Completion]:
-        """Return n completions of each prompt, many in one batch: far faster than one after the other. No adapter is
-        used.
+        """Return n completions of each prompt, many in one batch: far faster than one after the other.
+
+        No adapter is used.
 
         Args:
             prompts: Texts to continue.
@@ -253,6 +255,8 @@ class ForkJoin:
         write_slots(Path(path), as_list(branches))
 
     def load(self, path: str | Path) -> Branches:
-        """Return the branches of a file, to be joined. Raises InputError: it is damaged, or was written with another
-        model."""
+        """Return the branches of a file, to be joined.
+
+        Raises InputError if the file is damaged, or was written with another model.
+        """
         return load_slots(read_slots(Path(path)), self.model, self._options.threads)

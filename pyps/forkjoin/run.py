@@ -185,8 +185,10 @@ class Run:
         )
 
     def _read_prefix(self, ctx: Context, synthesizer: Synthesizer | None) -> None:
-        """Compute the prefix once, for every branch, and for a synthesizer that keeps it. A branch with a task or
-        system message of its own goes on from what it has in common with the prefix."""
+        """Compute the prefix once, for every branch, and for a synthesizer that keeps it.
+
+        A branch with a task or system message of its own goes on from what it has in common with the prefix.
+        """
         plan = self._plan
         if not plan.prefix:
             return
@@ -274,8 +276,11 @@ class Run:
     def _answer_from_texts(
         self, ctx: Context, answer: PlannedAnswer, results: Sequence[BranchResult]
     ) -> Generator[Event, None, Synthesis]:
-        """Paste and read again, as well as llama.cpp can: the prefix is kept, a long prompt is read with flash
-        attention. Making the contexts is not counted: whoever does this for a living has them ready."""
+        """Paste the texts and read them again, as well as llama.cpp can.
+
+        The prefix is kept, and a long prompt is read with flash attention. Making the contexts is not counted: whoever
+        does this for a living has them ready.
+        """
         plan = self._plan
         n_prefix = len(plan.prefix)
         tail = plan.layout.pasted([r.name for r in results], [r.text for r in results])

@@ -182,8 +182,10 @@ class Synthesizer:
             ctx.warm_up()
 
     def keep_prefix(self, source: Context, n: int) -> None:
-        """Copy the first n positions of source's sequence 0. They come from the branches even if the synthesizer has a
-        LoRA: what it reads was written without one."""
+        """Copy the first n positions of source's sequence 0.
+
+        They come from the branches even if the synthesizer has a LoRA: what it reads was written without one.
+        """
         if n:
             join(source, self.reader, [Span(0, 0, n, 0)])
 

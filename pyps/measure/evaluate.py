@@ -22,6 +22,7 @@ from pyps.data.example import Example, read_examples
 from pyps.data.tokens import TokenExample, lay_out, text_of
 from pyps.engine.context import Context, Token
 from pyps.engine.find import Progress, no_progress
+from pyps.engine.logits import log_softmax
 from pyps.engine.model import Model
 from pyps.engine.positions import check_joinable
 from pyps.errors import InputError
@@ -319,12 +320,6 @@ class _EncodedExample:
         decoder.synchronize()
         self._end = decoder.end(0)
         return decoder, (time.perf_counter() - began) * 1e3
-
-
-def log_softmax(logits: NDArray[Any]) -> NDArray[Any]:
-    """Return log-probabilities over the last axis, in the logits' own precision."""
-    shifted: NDArray[Any] = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def interval(right: int, n: int) -> tuple[float, float]:

@@ -1,1 +1,1 @@
-"""From messages to the tokens of branches, synthesizer and text baseline."""
+"""From messages to the tokens of branches, synthesizer and text synthesis."""

@@ -1,6 +1,6 @@
-"""Prompt layouts: what the branches, the synthesizer and the text baseline are given, token by token.
+"""Prompt layouts: what the branches, the synthesizer and text synthesis are given, token by token.
 
-The one place that decides it, for the runtime, the text baseline and training alike. An adapter is trained for one
+This is the one place that decides it, for the runtime, text synthesis and training alike. An adapter is trained for one
 layout and records which. Whatever people, files or tools say is data: control tokens written out in it stay text.
 
     shared   [messages] is a prefix, computed once, that branches fork from and the synthesizer keeps:
@@ -130,8 +130,10 @@ class Layout:
         return frame.prefix + frame.after_prefix(instruction.text)
 
     def pasted(self, names: Sequence[str], texts: Sequence[str]) -> list[int]:
-        """Return what follows the prefix in the text baseline, where the branches' texts are pasted into the user's
-        turn. It is the same in both layouts: whoever pastes texts can keep the prefix."""
+        """Return what follows the prefix in text synthesis, where the branches' texts are pasted into the user's turn.
+
+        It is the same in both layouts: whoever pastes texts can keep the prefix.
+        """
         notes = "\n\n".join(f"[{name}]\n{text.strip()}" for name, text in zip(names, texts, strict=True))
         return self._frame.after_prefix(f"{notes}\n\n{self._synthesize}")
 
@@ -219,16 +221,13 @@ def _n_common(a: Sequence[object], b: Sequence[object]) -> int:
 
 
 def follow_up(model: Model, text: str) -> list[int]:
-    """Return what comes after an answer, in either layout, when the user says this to it, up to where the next answer
-    begins. Raises InputError if the model's chat template knows only one turn."""
+    """Return what comes after an answer, in either layout, when the user says this to it.
+
+    It ends where the next answer begins. Raises InputError if the model's chat template knows only one turn.
+    """
     turns = [("user", "?"), ("assistant", _ANSWER), ("user", _NEXT)]
     prompt = model.render_chat([{"role": role, "content": content} for role, content in turns])
     between, mark, end = prompt.partition(_ANSWER)[2].partition(_NEXT)
     if not mark:
         raise InputError(f"{model.name}: the model's chat template does not reproduce a second turn as it is")
     return model.tokenize(between + model.as_data(text) + end)
-
-
-def place(branch_point: int, lengths: Sequence[int], in_order: bool) -> list[int]:
-    """Will go: forkjoin.synthesis.placement takes its place."""
-    return [branch_point + (sum(lengths[:i]) if in_order else 0) for i in range(len(lengths))]

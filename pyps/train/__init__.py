@@ -1,1 +1,1 @@
-"""Training of adapters, in PyTorch (pip install 'pyps-llama[train]'); nothing else in pyps imports it."""
+"""Training of adapters, in PyTorch (pyps-llama[train]). Nothing else in pyps imports it but `pyps train`."""

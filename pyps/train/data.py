@@ -1,4 +1,4 @@
-"""The examples of a training run in tokens, kept in a file: generating what is missing in them takes long."""
+"""The examples of a training run in tokens, kept in a file, since generating what they lack takes long."""
 
 import hashlib
 import json
@@ -10,6 +10,8 @@ from pathlib import Path
 from pyps.data.example import Example
 from pyps.data.tokens import TokenExample, add_answers, lay_out
 from pyps.engine.model import Model
+from pyps.errors import MachineError
+from pyps.files import whole
 
 _TOGETHER = 8  # examples for which branches and answers are generated in one batch
 
@@ -17,45 +19,53 @@ _TOGETHER = 8  # examples for which branches and answers are generated in one ba
 def prepare(
     model: Model, layout: str, examples: Sequence[Example], path: Path, report: Callable[[str], None]
 ) -> list[TokenExample]:
-    """The examples in tokens, as the runtime lays them out, with its own tokenizer; generates what is missing in them.
+    """Return examples in tokens, as a run lays them out, with the runtime's tokenizer; generate what they lack.
 
     Args:
-        path: where the result is kept, as JSON lines; what is there already is not computed again.
-        report: called with a line about the progress every few seconds.
+        model: The model whose prompts, branches and answers they are.
+        layout: The name of the prompts' layout.
+        examples: The examples.
+        path: The file where the result is kept, as JSON lines; what it has already is not computed again.
+        report: It is called with a line about the progress every few seconds.
+
+    Raises:
+        InputError: An example does not fit the model.
+        MachineError: The disk is full or fails.
     """
-    # without what is as always: fields that later versions add shall not make a file of today another
-    described = [model.name, layout, *(e.model_dump_json(exclude_defaults=True) for e in examples)]
-    head = {"examples": hashlib.sha256("\n".join(described).encode()).hexdigest()}
+    # without defaults: a field that a later version adds must not change the hash of a file that does not use it
+    lines = [model.name, layout, *(e.model_dump_json(exclude_defaults=True) for e in examples)]
+    head = {"examples": hashlib.sha256("\n".join(lines).encode()).hexdigest()}
     done = _read_tokens(path, head)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text("".join(json.dumps(values) + "\n" for values in [head, *map(asdict, done)]))
-    partial.replace(path)  # without a line that was cut off, and never less than before
-    said = time.monotonic()
-    with path.open("a") as file:
-        while len(done) < len(examples):
-            chunk = examples[len(done) : len(done) + _TOGETHER]
-            new = add_answers(model, lay_out(model, layout, chunk, seed=len(done)))
-            file.writelines(json.dumps(asdict(t)) + "\n" for t in new)
-            file.flush()
-            done += new
-            if len(done) == len(examples) or time.monotonic() > said + 5:
-                said = time.monotonic()
-                report(f"examples laid out, and completed where they miss something: {len(done):,}/{len(examples):,}")
+    with whole(path) as partial:  # without a line that was cut off
+        partial.write_text("".join(json.dumps(values) + "\n" for values in [head, *map(asdict, done)]))
+    reported = time.monotonic()
+    while len(done) < len(examples):
+        chunk = examples[len(done) : len(done) + _TOGETHER]
+        new = add_answers(model, lay_out(model, layout, chunk, seed=len(done)))
+        try:
+            with path.open("a") as file:
+                file.writelines(json.dumps(asdict(t)) + "\n" for t in new)
+        except OSError as error:
+            raise MachineError(f"{path}: cannot be written: {error.strerror}") from error
+        done += new
+        if len(done) == len(examples) or time.monotonic() > reported + 5:
+            reported = time.monotonic()
+            report(f"examples laid out, and completed where they lack something: {len(done):,}/{len(examples):,}")
     return done
 
 
 def _read_tokens(path: Path, head: dict[str, str]) -> list[TokenExample]:
-    """As many as an interrupted run has left, if they are these examples."""
-    found: list[TokenExample] = []
+    """Return what an interrupted run has left of these examples."""
+    token_examples: list[TokenExample] = []
     if not path.exists():
-        return found
+        return token_examples
     try:
         lines = path.read_text().splitlines()
         if not lines or json.loads(lines[0]) != head:
-            return found
+            return token_examples
         for line in lines[1:]:
             values = json.loads(line)
-            found.append(TokenExample(**values | {"branches": [(p, o) for p, o in values["branches"]]}))
+            token_examples.append(TokenExample(**values | {"branches": [(p, o) for p, o in values["branches"]]}))
     except (ValueError, TypeError, KeyError):
-        pass  # a line that was being written, or another version's
-    return found
+        pass  # a line that was being written, or one of another version
+    return token_examples

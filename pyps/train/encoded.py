@@ -1,4 +1,4 @@
-"""What needs no gradient, computed once for each example and kept on disk: it is five sixths of a step's work."""
+"""What needs no gradient, computed once for each example and kept on disk: five sixths of the work of a step."""
 
 import hashlib
 import os
@@ -14,17 +14,18 @@ from pyps.train.synthesis import Encoded
 
 
 class EncodedStore:
-    """A file of float16, which is what the runtime's caches hold too, with room for every example; and a file that says
-    which are there. Processes on one machine share them.
+    """Encoded examples in a file of float16, as in the runtime's caches, and a file that says which ones it has.
+
+    Processes on one machine share both files.
 
     Args:
-        folder: where the files are.
-        examples: all that may be asked for.
+        folder: The folder of the files.
+        examples: All examples of the training run.
         sizes: Synthesis.sizes.
 
     Attributes:
-        n_bytes: that the file takes, or would take.
-        fits: whether the disk has room for it; if not, nothing is kept.
+        n_bytes: Bytes that the file takes, or would take.
+        fits: Whether the disk has room for it; if not, nothing is kept.
     """
 
     def __init__(self, folder: Path, examples: Sequence[TokenExample], sizes: tuple[int, int, int, int]) -> None:
@@ -35,9 +36,8 @@ class EncodedStore:
         self.n_bytes = 2 * int(self._starts[-1])
         name = hashlib.sha256(repr((sizes, examples)).encode()).hexdigest()[:16]
         self._files = folder / f"encoded-{name}.f16", folder / f"encoded-{name}.done"
-        there = self._files[0].exists()
-        # half of what is free stays free
-        self.fits = there or self.n_bytes < shutil.disk_usage(folder).free / 2
+        # half of the free space stays free
+        self.fits = self._files[0].exists() or self.n_bytes < shutil.disk_usage(folder).free / 2
         if not self.fits:
             return
         try:
@@ -48,17 +48,19 @@ class EncodedStore:
             self.remove()
 
     def missing(self, which: Sequence[int]) -> list[int]:
+        """Return those of the examples, given by index, that the file does not have."""
         return [i for i in which if not self._done[i]]
 
     def fill(self, which: Sequence[int], encode: Callable[[Sequence[TokenExample]], list[Encoded]]) -> None:
-        """Computes and keeps these examples, in one batch."""
+        """Encode these examples, given by index, in one batch, and keep the result."""
         for i, e in zip(which, encode([self._examples[i] for i in which]), strict=True):
             parts = [t.to(torch.float16).cpu().numpy().ravel() for t in (e.k, e.v, e.teacher)]
             self._values[self._starts[i] : self._starts[i + 1]] = np.concatenate(parts)
-        self._values.flush()  # before it is said to be there
+        self._values.flush()  # before the other file says that it has them
         self._done[list(which)] = 1
 
     def get(self, i: int) -> Encoded:
+        """Return an example that the file has, in float16."""
         layers, heads, head_dim, channels = self._sizes
         values = torch.from_numpy(np.array(self._values[self._starts[i] : self._starts[i + 1]]))
         cells = values[: -channels * len(self._examples[i].answer)]
@@ -66,14 +68,16 @@ class EncodedStore:
         return Encoded(k, v, values[cells.numel() :].view(-1, channels))
 
     def remove(self) -> None:
-        """The files; they can be computed again."""
+        """Remove the files; they can be computed again."""
         for path in self._files:
             path.unlink(missing_ok=True)
 
 
 def _map(path: Path, dtype: type, length: int) -> np.memmap:
-    """A file of zeros, if it is not there. Its disk space is taken now: writing to a mapped page that the disk has no
-    room for kills the process."""
+    """Map a file, and create it with zeros if it does not exist.
+
+    Its disk space is taken at once: writing to a mapped page that the disk has no room for kills the process.
+    """
     size = length * np.dtype(dtype).itemsize
     with path.open("ab") as file:
         if hasattr(os, "posix_fallocate"):

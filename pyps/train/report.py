@@ -1,4 +1,4 @@
-"""What a finished run reports: report.md, and report.png with the curves. Everything is read from its log."""
+"""The report of a finished training run, from its log: report.md, and report.png with the curves."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,18 @@ from typing import Any
 
 import yaml
 
+from pyps.files import whole
 from pyps.measure.plot import draw_training, save
 
 REPORT, PLOT = "report.md", "report.png"
 
 
 def write_report(folder: Path, log: Path) -> None:
-    """Both files, from the folder's config.yaml and its log."""
+    """Write both files of the report, from the folder's config.yaml and the log.
+
+    Raises:
+        MachineError: The disk is full or fails.
+    """
     steps, held_out = read_log(log)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     save(draw_training(steps, held_out, int(config["batch_size"])), folder / PLOT)
@@ -32,18 +37,21 @@ def write_report(folder: Path, log: Path) -> None:
             lines.append(f"| {name} | {' | '.join(values)} |")
         lines.append("")
     lines += ["```yaml", yaml.safe_dump(config, sort_keys=False).strip(), "```", ""]
-    (folder / REPORT).write_text("\n".join(lines))
+    with whole(folder / REPORT) as partial:
+        partial.write_text("\n".join(lines))
 
 
 def read_log(log: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The entries of steps, and of measurements on held-out examples; of a step that was done twice, after a power cut,
-    the later one."""
+    """Return the entries of steps, and of measurements on held-out examples.
+
+    After a power cut steps are done again: then the later entry counts.
+    """
     steps: dict[int, dict[str, Any]] = {}
     held_out: dict[int, dict[str, Any]] = {}
     for line in log.read_text().splitlines():
         try:
             entry = json.loads(line)
         except ValueError:
-            continue  # was being written when the power went
+            continue  # a line that was being written when the power went
         (held_out if "held_out" in entry else steps)[entry["step"]] = entry
     return list(steps.values()), list(held_out.values())

@@ -1,4 +1,4 @@
-"""Cache synthesis in PyTorch, for a batch of examples, with gradients to mapper and LoRA (METHOD, sections 1 to 4).
+"""Cache synthesis in PyTorch for a batch of examples, with gradients to mapper and LoRA (docs/method.md, sections 1-4).
 
 Everything that needs no gradient is one pass of the frozen base over a tree for each example:
 
@@ -6,9 +6,9 @@ Everything that needs no gradient is one pass of the frozen base over a tree for
             ├─ branch n: prompt, output
             └─ text synthesis: pasted texts, answer        (the teacher)
 
-in which each limb sees the prefix and itself. The outputs' K and V are then turned to the branch point, mapped and laid
-side by side, and the synthesizer, LoRA on, reads prompt and answer behind them: the only pass with gradients, and a
-short one.
+in which each limb sees the prefix and itself. Then the K of the outputs are turned to their places, K and V are mapped
+and laid side by side, and the synthesizer reads its prompt and the answer behind them, with the LoRA on. That is the
+only pass with gradients, and a short one.
 """
 
 from collections.abc import Sequence
@@ -20,17 +20,18 @@ import transformers
 from torch import nn
 
 from pyps.data.tokens import TokenExample
-from pyps.train.mapper import CacheMapper
+from pyps.train.cache_mapper import CacheMapper
 
 
 @dataclass
 class Encoded:
-    """What of an example needs no gradient.
+    """The part of an example that needs no gradient.
 
     Attributes:
-        k, v: [layers, heads, cells, head_dim], of the cells that the synthesizer has in front of it: the prefix, if its
-            layout keeps it, and the branches' outputs, k turned to the branch point. Not mapped.
-        teacher: [answer tokens, channels], the text synthesizer's last hidden states where it predicts the answer.
+        k: [layers, heads, cells, head_dim], K of the cells that the synthesizer has in front of it: the prefix, if its
+            layout keeps it, and the branches' outputs; turned to their positions after the join, not mapped.
+        v: [layers, heads, cells, head_dim], V of the same cells, not mapped.
+        teacher: [answer tokens, channels], the last hidden states of text synthesis where it predicts the answer.
     """
 
     k: torch.Tensor
@@ -39,10 +40,14 @@ class Encoded:
 
 
 class Synthesis(nn.Module):
-    """A frozen base with a LoRA (a peft.PeftModel), and a mapper.
+    """A frozen base model with a LoRA, and a mapper.
 
-    Base models whose layers have RoPE, none (SmolLM3) or a sliding window are supported: those of which Transformers
-    keeps K and V in a DynamicCache.
+    The layers of the base may have RoPE, no positions (SmolLM3) or a sliding window; Transformers must keep K and V in
+    a DynamicCache.
+
+    Args:
+        model: The base with the LoRA, a peft.PeftModel.
+        mapper: The mapper.
     """
 
     def __init__(self, model: Any, mapper: CacheMapper) -> None:
@@ -57,7 +62,7 @@ class Synthesis(nn.Module):
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """Layers, KV heads, channels of a head, channels of a hidden state."""
+        """The numbers of layers, of KV heads, of channels in a head, and of channels in a hidden state."""
         c = self._config
         head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         return self._n_layers, c.num_key_value_heads, head_dim, c.hidden_size
@@ -65,9 +70,16 @@ class Synthesis(nn.Module):
     def forward(
         self, batch: Sequence[TokenExample], encoded: Sequence[Encoded] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits of the answers' tokens, the batch's answers one after the other: (student [N, vocab] with gradients,
-        teacher [N, vocab], targets [N], example [N]: to which example of the batch each belongs). What `encode` gave
-        for the batch can be passed in."""
+        """Compute the logits of the answers' tokens, the batch's answers one after the other: N tokens.
+
+        Args:
+            batch: The examples.
+            encoded: What `encode` returned for them; None to compute it.
+
+        Returns:
+            The student's logits [N, vocab], with gradients; the teacher's [N, vocab]; the tokens [N]; and the index in
+            the batch of the example that each belongs to [N].
+        """
         encoded = encoded or self.encode(batch)
         with torch.no_grad(), self.model.disable_adapter():
             teacher = self._logits(torch.cat([e.teacher for e in encoded]).to(self._base.device, self._base.dtype))
@@ -78,7 +90,7 @@ class Synthesis(nn.Module):
 
     @torch.no_grad()
     def encode(self, batch: Sequence[TokenExample]) -> list[Encoded]:
-        """The pass over the trees, LoRA off."""
+        """Compute what needs no gradient: the pass over the trees, with the LoRA off."""
         rows, positions, limbs = [], [], []
         for e in batch:
             parts = [e.prefix, *(p + o for p, o in e.branches), e.pasted + e.answer[:-1]]
@@ -92,22 +104,25 @@ class Synthesis(nn.Module):
         visible = (order[:, None] >= order[None, :]) & (
             (limb[:, None, :] == 0) | (limb[:, None, :] == limb[:, :, None])
         )
-        # padding, at least itself: no row of a softmax may be empty
+        # padding sees at least itself: no row of a softmax may be empty
         visible |= torch.eye(n, dtype=torch.bool, device=ids.device)
         with self.model.disable_adapter():
             hidden, cache = self._run(ids, pos, visible, pos, transformers.DynamicCache())
 
-        found = []
+        encoded = []
         for i, (row, e) in enumerate(zip(rows, batch, strict=True)):
             cells = e.cells
             at, by = self._tensor(cells.at), self._tensor(cells.delta)
             k = [self._turn(layer.keys[i : i + 1, :, at], by[None], il)[0] for il, layer in enumerate(cache.layers)]
             v = [layer.values[i, :, at] for layer in cache.layers]
-            found.append(Encoded(torch.stack(k), torch.stack(v), hidden[i, len(row) - len(e.answer) : len(row)]))
-        return found
+            encoded.append(Encoded(torch.stack(k), torch.stack(v), hidden[i, len(row) - len(e.answer) : len(row)]))
+        return encoded
 
     def _turn(self, k: torch.Tensor, delta: torch.Tensor, layer: int) -> torch.Tensor:
-        """RoPE of every cell by delta [B, C] positions. A pure rotation: attention_scaling is in the keys already."""
+        """Turn K [B, heads, C, head_dim] by delta [B, C] positions (docs/method.md, section 1).
+
+        This is a pure rotation: RoPE's attention_scaling is in K already.
+        """
         has_rope = getattr(self._config, "no_rope_layers", None)
         if has_rope and not has_rope[layer]:
             return k
@@ -116,7 +131,7 @@ class Synthesis(nn.Module):
         frequencies = getattr(rotary, f"{kinds[layer]}_inv_freq", None) if kinds else None
         angles = delta[..., None].float() * (rotary.inv_freq if frequencies is None else frequencies).float()
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # [B, 1, C, rotated/2]
-        turned, rest = k.float().split([2 * cos.shape[-1], k.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+        turned, rest = torch.split(k.float(), [2 * cos.shape[-1], k.shape[-1] - 2 * cos.shape[-1]], dim=-1)
         a, b = turned.chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1).to(k.dtype)
 
@@ -154,8 +169,15 @@ class Synthesis(nn.Module):
     def _run(
         self, ids: torch.Tensor, positions: torch.Tensor, visible: torch.Tensor, seen: torch.Tensor, cache: Any
     ) -> tuple[torch.Tensor, Any]:
-        """Last hidden states [B, T, channels] of tokens that see the cells (whose positions are seen [B, C]) as visible
-        [B, T, C] says, and the cache."""
+        """Return the last hidden states [B, T, channels] of tokens, and the cache.
+
+        Args:
+            ids: [B, T], the tokens.
+            positions: [B, T], their positions.
+            visible: [B, T, C], the cells that each sees.
+            seen: [B, C], the positions of the cells.
+            cache: The cache with the cells before the tokens.
+        """
         dtype = self._base.dtype
 
         def mask(allowed: torch.Tensor) -> torch.Tensor:
@@ -173,9 +195,11 @@ class Synthesis(nn.Module):
         return out.last_hidden_state, cache
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Float32 [N, vocab] of hidden states [N, channels]: only where needed, the vocabulary is half of a small
-        model."""
-        logits = self._base.get_output_embeddings()(hidden).float()
+        """Return the logits, float32 [N, vocab], of hidden states [N, channels].
+
+        Only those that are needed are computed: the vocabulary is half of a small model.
+        """
+        logits: torch.Tensor = self._base.get_output_embeddings()(hidden).float()
         if scaling := getattr(self._config, "logits_scaling", None):  # Granite
             logits = logits / scaling
         if cap := getattr(self._config, "final_logit_softcapping", None):  # Gemma 2
@@ -186,18 +210,18 @@ class Synthesis(nn.Module):
         return torch.tensor(values, device=self._base.device)
 
     def _pad(self, rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-        """[rows, longest]"""
+        """Return a tensor [rows, longest row] with `value` where a row has ended."""
         longest = max(map(len, rows))
         return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], device=self._base.device)
 
     def _stack(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """[heads, cells, channels] of each example, of one layer, to float32 [B, heads, most cells, channels]."""
-        whole = torch.zeros(len(parts), parts[0].shape[0], max(p.shape[1] for p in parts), parts[0].shape[2])
-        for row, part in zip(whole, parts, strict=True):
+        """Stack one layer's [heads, cells, channels] of each example to float32 [B, heads, most cells, channels]."""
+        stacked = torch.zeros(len(parts), parts[0].shape[0], max(p.shape[1] for p in parts), parts[0].shape[2])
+        for row, part in zip(stacked, parts, strict=True):
             row[:, : part.shape[1]] = part
-        return whole.to(self._base.device)
+        return stacked.to(self._base.device)
 
 
 def _columns(coefficients: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """[B, C, 4] -> four of [B, 1, C, 1], to be multiplied with [B, heads, C, head_dim]."""
+    """Split [B, C, 4] into four [B, 1, C, 1], which multiply [B, heads, C, head_dim]."""
     return tuple(c[:, None, :, None] for c in coefficients.unbind(-1))

@@ -1,4 +1,4 @@
-"""The training loop: mapper and LoRA on a frozen base, resumable at every checkpoint (METHOD, section 4)."""
+"""The training loop: mapper and LoRA on a frozen base, resumable at every checkpoint (docs/method.md, section 4)."""
 
 import functools
 import json
@@ -24,11 +24,12 @@ from pyps.convert.lora import BaseShape, Lora, read_adapter, write_adapter
 from pyps.data.example import read_examples
 from pyps.engine.find import find_adapter, find_model
 from pyps.engine.model import Model
-from pyps.errors import InputError
+from pyps.errors import InputError, MachineError, first_of
+from pyps.files import make_folder, whole
+from pyps.train.cache_mapper import CacheMapper
 from pyps.train.config import TrainConfig
 from pyps.train.data import prepare
 from pyps.train.encoded import EncodedStore
-from pyps.train.mapper import CacheMapper
 from pyps.train.report import write_report
 from pyps.train.synthesis import Encoded, Synthesis
 
@@ -40,9 +41,10 @@ class Measures:
     """Means over examples of means over an answer's tokens.
 
     Attributes:
-        kl: from the text synthesizer's next-token distribution, in nats; kl_first: of the first token.
-        ce: cross-entropy of the target, in nats.
-        agreement: how often the most likely token is the text synthesizer's.
+        kl: KL divergence from the next-token distribution of text synthesis, in nats.
+        kl_first: The same for the first token of the answer only.
+        ce: Cross-entropy of the target, in nats.
+        agreement: Share of tokens at which the most likely one is also that of text synthesis.
     """
 
     kl: float
@@ -53,22 +55,29 @@ class Measures:
 
 _NAMES = tuple(f.name for f in fields(Measures))
 
-_ENCODE_TOGETHER = 8
-_WINDOW = 8  # steps
+_ENCODE_TOGETHER = 8  # examples in one pass without gradients
+_WINDOW = 8  # steps among which examples are sorted by length
 
 
 class Trainer:
-    """One training run, in config.output: adapter.gguf, checkpoint.pt, log.jsonl and config.yaml, and at its end
-    report.md and report.png.
+    """One training run.
 
-    If there is a checkpoint in it, it goes on from there as if it had not been interrupted. Started by `accelerate
-    launch`, processes share each step's examples; with one process it runs where Accelerate chooses.
+    It writes adapter.gguf, checkpoint.pt, log.jsonl and config.yaml to config.output, and at its end report.md and
+    report.png. If the folder has a checkpoint, the run goes on from there as if it had not been interrupted. Processes
+    that `accelerate launch` starts share the examples of each step; a single process runs where Accelerate chooses.
 
     Args:
-        report: called with a line about every step or measurement.
+        config: What to train, on what and how.
+        report: It is called with a line about every step and measurement.
+
+    Attributes:
+        config: The configuration.
+        synthesis: The model and the mapper.
+        step: Steps that are done.
 
     Raises:
-        InputError: the base, the data or the output folder cannot be used, or the folder is another run's.
+        InputError: The base, the data or the output folder cannot be used, or the folder is another run's.
+        MachineError: The disk is full or fails.
     """
 
     def __init__(self, config: TrainConfig, report: Callable[[str], None] = print) -> None:
@@ -85,8 +94,8 @@ class Trainer:
         model = Model.load(path)
         try:
             self._base = model.metadata.get("general.name", ""), model.fingerprint
-            with self._accelerator.main_process_first():  # the others find what it has written
-                # numbered through: first those to train on, then those to measure on
+            with self._accelerator.main_process_first():  # the others read what it has written
+                # one list for both: first the examples to train on, then those to measure on
                 tokens = prepare(model, config.layout, data + held_out, config.output / TOKENS, self._report)
             self._examples = [replace(t, in_order=config.in_order) for t in tokens]
             arch = model.arch
@@ -115,19 +124,30 @@ class Trainer:
         )
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._rate)
         self.step = 0
-        self._encoding = 0.0, 0  # seconds spent on it, and examples
+        self._encoding = 0.0, 0  # seconds spent on encoding, and examples encoded
         self._module = self._accelerator.prepare(self.synthesis)
-        self._resume()  # what is loaded goes to where the parameters are
+        self._resume()  # at the end: what is loaded goes to the device of the parameters
 
     def _rate(self, step: int) -> float:
-        """Share of the peak learning rate: up in `warmup` steps, then down to a tenth along a cosine."""
+        """Return the share of the peak learning rate: up in `warmup` steps, then down to a tenth along a cosine.
+
+        Neither of Transformers' cosine schedules with a least rate is the same: the warm-up of one begins at 0, so that
+        the first step does nothing, and the cosine of the other is a step ahead, so that the rate is not at its peak
+        after the warm-up.
+        """
         if step < self.config.warmup:
             return (step + 1) / self.config.warmup
         done = (step - self.config.warmup) / max(self.config.steps - self.config.warmup, 1)
         return 0.1 + 0.45 * (1 + math.cos(math.pi * min(done, 1)))
 
     def run(self, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Train to the end, or until `stopped`, asked after every step, says so: the state is saved first."""
+        """Train to the end, or until `stopped`, which is called after every step, returns true.
+
+        The state is saved before it returns.
+
+        Raises:
+            MachineError: The disk is full or fails; the last checkpoint is whole.
+        """
         if self.step == 0:
             self._measure()
         self._encoding = 0.0, 0
@@ -145,7 +165,7 @@ class Trainer:
                 f"step {self.step}/{self.config.steps}  kl {measures.kl:.3f}  ce {measures.ce:.3f}  "
                 f"{tokens / took:,.0f} tokens/s  {left / 60:.0f} min left"
             )
-            # every process must hear of it, or the others wait for one that has left
+            # every process must know, or the others would wait for one that has left
             stop = bool(self._accelerator.reduce(self._tensor([stopped()])).item())
             if self.step % self.config.save_every == 0 or self.step == self.config.steps:
                 self._measure()
@@ -159,7 +179,7 @@ class Trainer:
             self._store.remove()
 
     def _left(self, took: float, steps: int) -> float:
-        """Seconds, about: from these steps, and from what the first round over the data costs once."""
+        """Estimate the seconds left, from the steps done and from the encoding that each example still needs once."""
         seconds, n = self._encoding
         new = len(self._store.missing(range(self._n_train))) if self._store.fits else 0
         ahead = (self.config.steps - self.step) * self.config.batch_size
@@ -167,8 +187,11 @@ class Trainer:
         return (took - seconds) / steps * (self.config.steps - self.step) + encoding
 
     def _batch(self, step: int) -> list[int]:
-        """This process's share of the step's examples. From a new shuffle each time the data have been gone through;
-        within a window of steps, examples with answers of like length are put together, which is less padding."""
+        """Return this process's share of a step's examples.
+
+        Each round over the data has its own shuffle. Within a window of steps, examples with answers of like length go
+        together, which needs less padding.
+        """
         n, rank = self._accelerator.num_processes, self._accelerator.process_index
         window, at = divmod(step, _WINDOW)
         return self._batches(window)[at][rank::n]
@@ -184,8 +207,11 @@ class Trainer:
         return batches
 
     def _encode(self, batch: Sequence[int], soon: Sequence[int]) -> list[Encoded]:
-        """What needs no gradient of a batch. If it is kept, of all that will soon be needed: examples of like length
-        together are less padding."""
+        """Return what needs no gradient of a batch.
+
+        If it is kept, all examples that will be needed `soon` are encoded, those of like length together, which needs
+        less padding.
+        """
         if not self._store.fits:
             return self.synthesis.encode([self._examples[i] for i in batch])
         missing = sorted(self._store.missing(sorted(set(soon))), key=lambda i: len(self._examples[i]))
@@ -205,9 +231,9 @@ class Trainer:
         self._optimizer.zero_grad()
         student, teacher, targets, example = self._module(examples, self._encode(batch, soon))
         kl, ce, measures = _losses(student, teacher, targets, example, len(examples))
-        # a text synthesizer's answer is learned from its distribution, if at all from that
-        given = torch.tensor([float(e.given or self.config.kl == 0) for e in examples], device=ce.device)
-        self._accelerator.backward(self.config.kl * kl.mean() + self.config.ce * (given * ce).mean())
+        # an answer of text synthesis is learned from its distribution, as long as that is learned from at all
+        from_data = torch.tensor([float(e.given or self.config.kl == 0) for e in examples], device=ce.device)
+        self._accelerator.backward(self.config.kl * kl.mean() + self.config.ce * (from_data * ce).mean())
         self._accelerator.clip_grad_norm_([p for p in self.synthesis.parameters() if p.requires_grad], 1.0)
         self._optimizer.step()
         self._schedule.step()
@@ -215,28 +241,28 @@ class Trainer:
 
     @torch.no_grad()
     def _measure(self) -> None:
-        """On the held-out examples."""
+        """Measure on the held-out examples."""
         if self._n_train == len(self._examples):
             return
         n, rank = self._accelerator.num_processes, self._accelerator.process_index
-        mine = range(self._n_train, len(self._examples))[rank::n]
-        found, sizes = [], []
-        for start in range(0, len(mine), _ENCODE_TOGETHER):
-            batch = mine[start : start + _ENCODE_TOGETHER]
+        share = range(self._n_train, len(self._examples))[rank::n]
+        measures, sizes = [], []
+        for start in range(0, len(share), _ENCODE_TOGETHER):
+            batch = share[start : start + _ENCODE_TOGETHER]
             examples = [self._examples[i] for i in batch]
-            student, teacher, targets, example = self.synthesis(examples, self._encode(batch, mine))
-            found.append(_losses(student, teacher, targets, example, len(examples))[2])
+            student, teacher, targets, example = self.synthesis(examples, self._encode(batch, share))
+            measures.append(_losses(student, teacher, targets, example, len(examples))[2])
             sizes.append(len(batch))
-        mean = self._mean(found, sizes)
+        mean = self._mean(measures, sizes)
         self._log({"step": self.step, "held_out": asdict(mean)})
         self._report(
             f"held out after {self.step} steps: kl {mean.kl:.3f} (first token {mean.kl_first:.3f}), ce {mean.ce:.3f}, "
             f"agreement {mean.agreement:.0%}"
         )
 
-    def _mean(self, found: Sequence[Measures], sizes: Sequence[int]) -> Measures:
-        """Over all examples of all processes."""
-        sums = [sum(n * asdict(f)[name] for f, n in zip(found, sizes, strict=True)) for name in _NAMES]
+    def _mean(self, measures: Sequence[Measures], sizes: Sequence[int]) -> Measures:
+        """Return the mean over all examples of all processes, from the means over groups of these sizes."""
+        sums = [sum(n * asdict(m)[name] for m, n in zip(measures, sizes, strict=True)) for name in _NAMES]
         total = self._accelerator.reduce(self._tensor([*sums, sum(sizes)])).tolist()
         return Measures(*(x / total[-1] for x in total[:-1]))
 
@@ -244,12 +270,17 @@ class Trainer:
         return torch.tensor(values, dtype=torch.float32, device=self._accelerator.device)
 
     def _log(self, values: dict[str, Any]) -> None:
-        if self._accelerator.is_main_process:
-            with (self.config.output / LOG).open("a") as file:
+        if not self._accelerator.is_main_process:
+            return
+        path = self.config.output / LOG
+        try:
+            with path.open("a") as file:
                 file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise MachineError(f"{path}: cannot be written: {error.strerror}") from error
 
     def _save(self) -> None:
-        """A checkpoint, and the adapter as it is now: each whole or not at all."""
+        """Write a checkpoint, and the adapter as it is now."""
         if not self._accelerator.is_main_process:
             return
         output = self.config.output
@@ -259,13 +290,9 @@ class Trainer:
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
         }
-        partial = output / f"{CHECKPOINT}.part"
-        try:
-            with partial.open("wb") as file:  # a full disk is an OSError then; with a path it is something of torch's
-                torch.save(state, file)
-            partial.replace(output / CHECKPOINT)
-        finally:
-            partial.unlink(missing_ok=True)
+        # to a file, not to a path: only then is a full disk an OSError
+        with whole(output / CHECKPOINT) as partial, partial.open("wb") as file:
+            torch.save(state, file)
         metadata = AdapterMetadata(
             arch=self._shape.arch,
             alpha=float(self.config.lora.alpha),
@@ -309,13 +336,13 @@ def _losses(
     example: torch.Tensor,
     n: int,
 ) -> tuple[torch.Tensor, torch.Tensor, Measures]:
-    """KL and cross-entropy of each of n examples, [n]; and what to report."""
+    """Return the KL divergence and the cross-entropy of each of n examples, [n] both, and the means to report."""
     p, q = teacher.log_softmax(-1), student.log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1)
     ce = cross_entropy(student, targets, reduction="none")
 
     def each(values: torch.Tensor) -> torch.Tensor:
-        """Means over an example's tokens."""
+        """Return the mean over each example's tokens."""
         sums = torch.zeros(2, n, device=values.device).index_add(
             1, example, torch.stack([values, torch.ones_like(values)])
         )
@@ -328,24 +355,30 @@ def _losses(
 
 
 def _check_output(config: TrainConfig) -> None:
-    """Saves the config, or finds that the folder is another run's."""
+    """Save the configuration, or raise InputError if the folder is another run's."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     path = config.output / "config.yaml"
+    make_folder(config.output)
     try:
-        config.output.mkdir(parents=True, exist_ok=True)
         if path.exists() and TrainConfig.model_validate(yaml.safe_load(path.read_text())) != config:
             raise InputError(f"{config.output} holds a run with another config: choose another output, or remove it")
-        path.write_text(text)
     except OSError as error:
-        raise InputError(f"{config.output}: cannot be written to: {error}") from None
-    except (ValidationError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        keys, message = first_of(error)
+        mistake = f"{'.'.join(map(str, keys))}: {message}"
+        raise InputError(f"{path}: not a config of this version of pyps: remove {config.output} ({mistake})") from None
+    except yaml.YAMLError as error:
         raise InputError(f"{path}: not a config of this version of pyps: remove {config.output} ({error})") from None
+    with whole(path) as partial:
+        partial.write_text(text)
 
 
 def _build(config: TrainConfig, path: Path, arch: str) -> tuple[Synthesis, BaseShape]:
     torch.manual_seed(config.seed)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    messages: Any = transformers.utils.logging
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
     try:
         base = transformers.AutoModelForCausalLM.from_pretrained(
             path.parent,
@@ -373,29 +406,38 @@ def _build(config: TrainConfig, path: Path, arch: str) -> tuple[Synthesis, BaseS
 
 
 def load_adapter(synthesis: Synthesis, path: Path, shape: BaseShape) -> None:
-    """Gives a model with a LoRA the values of an adapter file. Raises InputError if they are of other shapes."""
+    """Give a model with a LoRA, and its mapper, the values of an adapter file.
+
+    Args:
+        synthesis: The model and the mapper.
+        path: The adapter file (docs/method.md, section 6).
+        shape: The model's shape.
+
+    Raises:
+        InputError: The file is not an adapter, or its values are of other shapes.
+    """
     metadata, lora = read_adapter(path, shape)
     linear = {n: m for n, m in synthesis.model.get_base_model().named_modules() if hasattr(m, "lora_A")}
     parts = {n: (m.lora_A["default"].weight, m.lora_B["default"].weight) for n, m in linear.items()}
-    has = {n: (tuple(a.shape), tuple(b.shape)) for n, (a, b) in parts.items()}
-    if has != {n: (a.shape, b.shape) for n, (a, b) in lora.items()}:
+    shapes = {n: (tuple(a.shape), tuple(b.shape)) for n, (a, b) in parts.items()}
+    if shapes != {n: (a.shape, b.shape) for n, (a, b) in lora.items()}:
         raise InputError(f"{path}: its LoRA has other layers or another rank than lora says")
     mapper = metadata.mapper
-    mine = synthesis.mapper
-    if mapper and (mapper.features, len(mapper.b1)) != (mine.features, mine.inner.out_features):
+    trained = synthesis.mapper
+    if mapper and (mapper.features, len(mapper.b1)) != (trained.features, trained.inner.out_features):
         raise InputError(f"{path}: its mapper has other inputs or another size than mapper says")
     with torch.no_grad():
         for name, (a, b) in lora.items():
-            # the scale is the file's alpha over the rank there, and this run's here
+            # B is scaled by alpha / rank: by the file's there, by this run's here
             scale = np.float32(metadata.alpha / (linear[name].scaling["default"] * a.shape[0]))
             parts[name][0].copy_(torch.from_numpy(a.copy()))
             parts[name][1].copy_(torch.from_numpy(b * scale))
         if mapper:
-            mine.load_state_dict(CacheMapper.from_runtime(mapper).state_dict())
+            trained.load_state_dict(CacheMapper.from_runtime(mapper).state_dict())
 
 
 def extract_lora(model: Any) -> Lora:
-    """The matrices of a peft.PeftModel by module name, float32."""
+    """Return the matrices A and B of a peft.PeftModel's LoRA by module name, float32."""
 
     def values(linear: torch.nn.Linear) -> np.ndarray:
         return linear.weight.detach().float().cpu().numpy()

@@ -1,6 +1,6 @@
 """The method once more, in PyTorch on Transformers models: the reference that the runtime is measured against.
 
-Written from the method's description (METHOD, sections 1 to 3; arXiv 2606.14672) and sharing no code with the runtime:
+Written from the method's description (docs/method.md, sections 1 to 3; arXiv 2606.14672) and sharing no code with the runtime:
 branches are encoded one by one, their spans cut out, rotated, mapped and concatenated, and a synthesizer reads them
 under a mask made from positions. Everything in float32.
 """

@@ -1,4 +1,4 @@
-"""The cache mapper with gradients; pyps/mapper.py is the same one for the runtime, in NumPy."""
+"""The cache mapper with gradients; pyps.adapters.mapper has the same one for the runtime, in NumPy."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,13 @@ from pyps.adapters.mapper import FEATURES, RANGE, Mapper
 
 
 class CacheMapper(nn.Module):
-    """Four scalars per span and layer from a small MLP (METHOD, section 2; arXiv 2606.14672). Untrained: the identity.
+    """A small MLP that gives four scalars for each span and layer (docs/method.md, section 2; arXiv 2606.14672).
+
+    Untrained it is the identity.
 
     Args:
-        features: the inputs used, a subset of pyps.mapper.FEATURES in their order.
-        hidden: width of the MLP.
+        features: Its inputs, some of pyps.adapters.mapper.FEATURES in their order.
+        hidden: Width of the MLP.
     """
 
     def __init__(self, features: Sequence[str] = FEATURES, hidden: int = 32) -> None:
@@ -26,9 +28,12 @@ class CacheMapper(nn.Module):
         nn.init.zeros_(self.outer.bias)
 
     def forward(self, lengths: torch.Tensor, n_branches: torch.Tensor, n_layers: int) -> torch.Tensor:
-        """Coefficients (a_k, b_k, a_v, b_v), float32 [spans, layers, 4].
+        """Return the coefficients (a_k, b_k, a_v, b_v), float32 [spans, layers, 4].
 
-        lengths, n_branches: [spans], the tokens of each span and how many are joined with it, itself included.
+        Args:
+            lengths: [spans], tokens of each span.
+            n_branches: [spans], how many spans are joined with each, itself included.
+            n_layers: Layers of the model.
         """
         shape = (len(lengths), n_layers)
         layer = torch.arange(n_layers, dtype=torch.float32, device=lengths.device) / max(n_layers - 1, 1)
@@ -46,7 +51,7 @@ class CacheMapper(nn.Module):
         return float(RANGE) * torch.tanh(raw) + torch.tensor([1.0, 0.0, 1.0, 0.0], device=raw.device)
 
     def to_runtime(self) -> Mapper:
-        """The same mapper for the runtime."""
+        """Return the same mapper for the runtime."""
 
         def values(tensor: torch.Tensor) -> np.ndarray:
             return tensor.detach().float().cpu().numpy().copy()
@@ -56,7 +61,7 @@ class CacheMapper(nn.Module):
 
     @classmethod
     def from_runtime(cls, mapper: Mapper) -> "CacheMapper":
-        """A trainable copy of a runtime's mapper."""
+        """Return a trainable copy of a runtime's mapper."""
         new = cls(mapper.features, len(mapper.b1))
         with torch.no_grad():
             for parameter, values in (
