@@ -405,11 +405,11 @@ def test_a_conversation_as_the_prefix(smollm2: Model) -> None:
     ]
     # what a tool has said is data: its control token is text, and not one token
     assert prompts.prefix.count(smollm2.tokenize("<|im_end|>")[0]) == 4
-    with ForkJoin(smollm2) as fj:
-        result = fj.run(messages, ["Go on.", ""], sampling=GREEDY, compare=True)
-        assert result.answer
-        assert result.compare
-        continued = fj.run([*messages[:1], {"role": "user", "content": TASK}], ["Go."], sampling=GREEDY)
-        plain = fj.run(TASK, ["Go."], system="Be brief.", sampling=GREEDY)
-        assert continued.answer == plain.answer
-        assert continued.branches == plain.branches
+    fj = ForkJoin(smollm2)  # not closed: the model is everybody's
+    result = fj.run(messages, ["Go on.", ""], sampling=GREEDY, compare=True)
+    assert result.answer
+    assert result.compare
+    continued = fj.run([*messages[:1], {"role": "user", "content": TASK}], ["Go."], sampling=GREEDY)
+    plain = fj.run(TASK, ["Go."], system="Be brief.", sampling=GREEDY)
+    assert continued.answer == plain.answer
+    assert continued.branches == plain.branches

@@ -156,3 +156,22 @@ def test_a_good_file_is_tried_once(smollm2_path: Path, tmp_path: Path, monkeypat
     assert len(list((tmp_path / "tried").iterdir())) == 1
     monkeypatch.setattr("pyps.engine.trial._PROGRAM", tmp_path / "missing")
     Model.load(smollm2_path).close()
+
+
+def test_a_closed_model_raises_whatever_is_asked(tiny_path: Path) -> None:
+    """llama.cpp would read freed memory."""
+    model = Model.load(tiny_path)
+    model.close()
+    for ask in (
+        lambda: model.tokenize("a"),
+        lambda: model.tokenize("a", start=True),
+        lambda: model.piece(1),
+        lambda: model.text([1]),
+        lambda: model.ends(1),
+        lambda: model.as_data("a"),
+        lambda: model.render_chat([{"role": "user", "content": "a"}]),
+        lambda: model.fingerprint,
+        model.check_generates,
+    ):
+        with pytest.raises(InputError, match="the model is closed"):
+            ask()

@@ -200,6 +200,7 @@ class Model:
             start: Whether to add what the vocabulary puts at the start of a sequence, unless the text has it already,
                 as the texts of chat templates often do.
         """
+        self.check_open()  # llama.cpp would read freed memory
         if start and (bos := self._bos_text()) and text.startswith(bos):
             start = False
         tokens = []
@@ -247,6 +248,7 @@ class Model:
             token: The token.
             special: Whether special tokens have a text; without it they are empty.
         """
+        self.check_open()
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -261,6 +263,7 @@ class Model:
 
     def ends(self, token: int) -> bool:
         """Return whether a token ends a generation (end of turn, end of text)."""
+        self.check_open()
         return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
 
     @property
@@ -289,6 +292,7 @@ class Model:
         """
         from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatter
 
+        self.check_open()
         template = llama_cpp.llama_model_chat_template(self.pointer, None)
         try:
             formatter = Jinja2ChatFormatter(
