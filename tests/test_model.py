@@ -82,7 +82,7 @@ def test_a_stream_outlives_its_fork_join(tiny_path: Path) -> None:
     next(events)
     fj.close()
     with pytest.raises(InputError, match="closed"):
-        next(events)
+        list(events)  # what the last step has computed may still come
 
 
 def test_a_borrowed_model_that_is_gone(tiny_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_borrowed_model_that_is_gone(tiny_path: Path) -> None:
     next(events)
     llama.close()
     with pytest.raises(InputError, match="closed"):
-        next(events)
+        list(events)
     with pytest.raises(InputError, match="closed"):
         fj.run("Hi", ["a"])
     fj.close()
