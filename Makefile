@@ -19,7 +19,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 # the pinned version, from the one place that names it
-LLAMA := $(shell sed -n 's/^  "llama-cpp-python==\([0-9.]*\)",$$/\1/p' pyproject.toml)
+LLAMA := $(shell sed -n '/^dependencies/,/^]/s/^  "llama-cpp-python==\([0-9.]*\)",$$/\1/p' pyproject.toml)
 
 # GCC 12 drops half of the configuration that llama.cpp loads into the AMX tile unit (its _tile_loadconfig is said to
 # read 8 of the 64 bytes), and on a CPU with AMX the first prefill dies of SIGILL. Leave AMX out wherever the compiler
