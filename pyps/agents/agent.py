@@ -104,7 +104,9 @@ class Agent:
         self._ctx, self._assignment = ctx, assignment
         self._tools = {t.name: t for t in assignment.tools}
         self._call: _RunningCall | None = None
-        self._told: list[list[int]] = []  # tokens that it was told before each turn; before the first, its prompt aside
+        self._follow_ups: list[
+            list[int]
+        ] = []  # tokens between its turns: before each one, but nothing before the first
         self._start = ctx.end(seq) + len(prompt)
         self._begin_turn(list(prompt), final=not assignment.tools or assignment.limits.max_calls == 0)
 
@@ -154,8 +156,8 @@ class Agent:
         """Return everything after its prompt: what it has said, and what it was told between."""
         return [
             token
-            for told, turn in zip(self._told, self.turns, strict=True)
-            for tokens in (told, turn.tokens)
+            for follow_up_tokens, turn in zip(self._follow_ups, self.turns, strict=True)
+            for tokens in (follow_up_tokens, turn.tokens)
             for token in tokens
         ]
 
@@ -202,9 +204,9 @@ class Agent:
         self._call = None
         self.calls.append(call)
         last = len(self.calls) >= self._assignment.limits.max_calls
-        told = _after_result(call.name, self._cut(call.result), self._assignment.instruction if last else None)
+        text = _after_result(call.name, self._cut(call.result), self._assignment.instruction if last else None)
         try:
-            self._begin_turn(follow_up(self._ctx.model, told), final=last)
+            self._begin_turn(follow_up(self._ctx.model, text), final=last)
         except PypsError as error:
             self.fail(error)
         return call
@@ -224,7 +226,7 @@ class Agent:
         # the last token of a turn that was cut at its limit may still be pending: it comes first
         pending = self.turn.pending if self.turns else []
         turn = Generation(self._ctx, self.seq, pending + prompt, sampling)
-        self._told.append(prompt if self.turns else [])
+        self._follow_ups.append(prompt if self.turns else [])
         self.turns.append(turn)
         self.final = turn if final else None
 

@@ -51,7 +51,7 @@ class PlannedBranch:
         joined: What of it the synthesizer receives.
         fork_point: Tokens of the prefix that it begins with.
         prompt: Tokens that it reads after those.
-        max_output: Most tokens that the synthesizer may receive.
+        after: Cells that it may need behind its prompt.
     """
 
     name: str
@@ -59,7 +59,17 @@ class PlannedBranch:
     joined: JoinedPart
     fork_point: int
     prompt: list[int]
-    max_output: int
+    after: int
+
+    @property
+    def cells(self) -> int:
+        """Cells that it may need in all."""
+        return self.fork_point + len(self.prompt) + self.after
+
+    @property
+    def max_output(self) -> int:
+        """Most tokens that the synthesizer may receive."""
+        return self.assignment.sampling.max_tokens if self.joined == "final" else self.after
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,17 +151,17 @@ def make_plan(request: Request, setting: Setting, seed: int, *, answer: bool = T
         raise InputError("there are no branches: give at least one")
     if n_branches > MAX_SEQUENCES:
         raise InputError(f"{n_branches} branches are too many: llama.cpp takes up to {MAX_SEQUENCES}")
-    for branches in joins:
-        if branches.ctx.model is not model:
+    for finished in joins:
+        if finished.ctx.model is not model:
             raise InputError("branches to join are another model's: caches can only be joined within one")
     model.check_generates()
 
     sampling = request.sampling or Sampling()
     if sampling.seed is not None:
         seed = sampling.seed
-    given = [Branch(item) if isinstance(item, str) else item for item in request.branches]
+    branches = [Branch(item) if isinstance(item, str) else item for item in request.branches]
     first = sum(map(len, joins))
-    assignments = [_assignment(branch, sampling, seed + i) for i, branch in enumerate(given)]
+    assignments = [_assignment(branch, sampling, seed + i) for i, branch in enumerate(branches)]
     synthesizer = Assignment(
         instruction=request.synthesize,
         sampling=_answer_sampling(request, sampling, seed),
@@ -160,26 +170,21 @@ def make_plan(request: Request, setting: Setting, seed: int, *, answer: bool = T
     )
     layout = Layout(model, setting.layout, request.task, request.system, synthesizer.text)
     prompts = layout.prompts(
-        [Instruction(a.text, branch.task, branch.system) for a, branch in zip(assignments, given, strict=True)]
+        [Instruction(a.text, branch.task, branch.system) for a, branch in zip(assignments, branches, strict=True)]
     )
-    planned = []
-    branch_cells = len(prompts.prefix) + 1
-    for i, (branch, assignment) in enumerate(zip(given, assignments, strict=True)):
-        if branch.joined not in get_args(JoinedPart):
-            raise InputError(f"joined must be one of {', '.join(get_args(JoinedPart))}, not {branch.joined!r}")
-        needed = assignment.max_cells(model)
-        branch_cells = max(branch_cells, prompts.fork_points[i] + len(prompts.branches[i]) + needed)
-        planned.append(
-            PlannedBranch(
-                name=branch.name or f"branch-{first + i + 1}",
-                assignment=assignment,
-                joined=branch.joined,
-                fork_point=prompts.fork_points[i],
-                prompt=prompts.branches[i],
-                max_output=assignment.sampling.max_tokens if branch.joined == "final" else needed,
-            )
+    planned = [
+        PlannedBranch(
+            name=branch.name or f"branch-{first + i + 1}",
+            assignment=assignments[i],
+            joined=_checked_part(branch.joined),
+            fork_point=prompts.fork_points[i],
+            prompt=prompts.branches[i],
+            after=assignments[i].max_cells(model),
         )
-    if given:
+        for i, branch in enumerate(branches)
+    ]
+    branch_cells = max([len(prompts.prefix) + 1, *(branch.cells for branch in planned)])
+    if planned:
         _check_fits(setting, "a branch", branch_cells, branch_cells)
     plan = Plan(
         setting=setting,
@@ -204,6 +209,12 @@ def _assignment(branch: Branch, sampling: Sampling, seed: int) -> Assignment:
     if own.seed is None or branch.sampling is None:
         own = replace(own, seed=seed % 2**31)
     return Assignment(instruction=branch.prompt, sampling=own, tools=tuple(branch.tools), limits=branch.limits)
+
+
+def _checked_part(joined: JoinedPart) -> JoinedPart:
+    if joined not in get_args(JoinedPart):
+        raise InputError(f"joined must be one of {', '.join(get_args(JoinedPart))}, not {joined!r}")
+    return joined
 
 
 def _answer_sampling(request: Request, sampling: Sampling, seed: int) -> Sampling:

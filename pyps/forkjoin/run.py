@@ -56,7 +56,7 @@ class _Forked:
 
 
 @dataclass(frozen=True)
-class _Said:
+class _SpokenAnswer:
     """What a synthesizer has said, and when.
 
     Attributes:
@@ -124,15 +124,15 @@ class Run:
             forked = yield from self._run_branches(ctx)
             branches_ms = (forked.last_token - began) * 1e3
             results = (*joined_results, *forked.branches.results)
-            self._check_some_said(results)
+            self._check_some_succeeded(results)
 
-            synthesis, compare, kept = _nothing(branches_ms), None, None
+            synthesis, compare, kept_answer = _nothing(branches_ms), None, None
             if self._stopped():
                 pass
             elif synthesizer:
                 synthesis, cached = yield from self._answer_from_caches(synthesizer, answer, forked)
                 if answer.keep:
-                    kept = Branches(synthesizer.decoder, [cached])
+                    kept_answer = Branches(synthesizer.decoder, [cached])
                 if answer.keep and synthesizer.reader is not synthesizer.decoder:
                     synthesizer.reader.close()
                 if not answer.keep:
@@ -146,7 +146,7 @@ class Run:
                 compare = yield from self._answer_from_texts(ctx, answer, results)
                 timing = replace(compare.timing_ms, branches=branches_ms, total=branches_ms + compare.timing_ms.total)
                 compare = replace(compare, timing_ms=timing)
-            if kept:
+            if kept_answer:
                 contexts.pop_all()
                 ctx.close()
         setting = plan.setting
@@ -165,7 +165,7 @@ class Run:
                 compare=compare,
                 interrupted=self._stopped(),
                 calls=synthesis.calls,
-                kept=kept,
+                kept=kept_answer,
             )
         )
 
@@ -234,7 +234,7 @@ class Run:
         )
         return Cached(result, agent.seq, spans, tokens)
 
-    def _check_some_said(self, results: Sequence[BranchResult]) -> None:
+    def _check_some_succeeded(self, results: Sequence[BranchResult]) -> None:
         """Raise InputError if every branch has failed: there is nothing to answer from."""
         if all(result.finish_reason == "error" for result in results):
             raise InputError(f"every branch has failed; the first one: {results[0].error}")
@@ -256,13 +256,13 @@ class Run:
         n_cells = synthesizer.join(outputs, starts, adapter.mapper if adapter else None)
         join_ms = _ms_since(began)
         yield Joined(n_cells, join_ms)
-        said = yield from self._say(synthesizer, answer, answer.prompt, "cache")
-        synthesis = said.synthesis(
+        spoken = yield from self._speak(synthesizer, answer, answer.prompt, "cache")
+        synthesis = spoken.synthesis(
             Tokens(joined=n_cells, prefilled=len(answer.prompt), generated=0),
-            Timing(join=join_ms, prefill=said.prefill_ms, ttft=forked.flush_ms + join_ms + said.prefill_ms),
+            Timing(join=join_ms, prefill=spoken.prefill_ms, ttft=forked.flush_ms + join_ms + spoken.prefill_ms),
         )
-        spans = said.agent.stretches("final")
-        tokens = said.agent.tokens_of(spans)
+        spans = spoken.agent.stretches("final")
+        tokens = spoken.agent.tokens_of(spans)
         result = BranchResult(
             name="answer",
             prompt=plan.task,
@@ -296,10 +296,10 @@ class Run:
                     synthesizer.reader.prefill(0, plan.prefix)
             else:
                 self._copy_prefix(ctx, synthesizer)
-            said = yield from self._say(synthesizer, answer, tail, "text")
-        return said.synthesis(
+            spoken = yield from self._speak(synthesizer, answer, tail, "text")
+        return spoken.synthesis(
             Tokens(joined=0, prefilled=len(tail), generated=0),
-            Timing(prefill=said.prefill_ms, ttft=said.prefill_ms, total=said.total_ms),
+            Timing(prefill=spoken.prefill_ms, ttft=spoken.prefill_ms, total=spoken.total_ms),
         )
 
     def _copy_prefix(self, ctx: Context, synthesizer: Synthesizer) -> None:
@@ -312,9 +312,9 @@ class Run:
         elif n:
             join(ctx, synthesizer.reader, [Span(seq, 0, n, 0)])
 
-    def _say(
+    def _speak(
         self, synthesizer: Synthesizer, answer: PlannedAnswer, prompt: list[int], mode: Mode
-    ) -> Generator[Event, None, _Said]:
+    ) -> Generator[Event, None, _SpokenAnswer]:
         """Read the prompt and generate the answer. Raises what went wrong with it."""
         began = time.perf_counter()
         agent = Agent(synthesizer.decoder, 0, synthesizer.read(prompt), answer.assignment)
@@ -325,7 +325,7 @@ class Run:
         if agent.error:
             raise agent.error
         ended = time.perf_counter()
-        return _Said(agent, ((first_token or ended) - began) * 1e3, (ended - began) * 1e3)
+        return _SpokenAnswer(agent, ((first_token or ended) - began) * 1e3, (ended - began) * 1e3)
 
 
 def _nothing(branches_ms: float) -> Synthesis:
