@@ -30,7 +30,8 @@ from pyps.engine.find import find_model, requantise
 from pyps.engine.join import Span, join
 from pyps.engine.model import Model
 
-_README = Path(__file__).parent.parent / "README.md"
+# a text that nobody edits: how far the two are apart depends on it
+_PROSE = Path(__file__).parent / "support" / "prose.txt"
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"arch": "llama"},
@@ -133,7 +134,7 @@ class Twin:
         # a real model gets a mapper that moves K and V by a few percent, as a trained one does
         self.mapper = read_mapper(mapper_metadata(4, scale=0.02 if name == "smollm2" else 0.1))
         # a real model is given text, not noise
-        self._text = self.model.tokenize(_README.read_text()) if name == "smollm2" else None
+        self._text = self.model.tokenize(_PROSE.read_text()) if name == "smollm2" else None
 
     def tokens(self, n: int, seed: int) -> list[int]:
         if self._text:
