@@ -173,7 +173,8 @@ def test_refused(tmp_path: Path, tiny_path: Path, saved: Path) -> None:
 def test_a_full_disk_leaves_no_file(tmp_path: Path, tiny_path: Path) -> None:
     program = (
         "import resource, sys; from pyps import *\n"
-        "with ForkJoin.from_pretrained(sys.argv[1]) as fj, fj.fork('Go', ['a', 'b']) as branches:\n"
+        "sampling = Sampling(max_tokens=64, seed=1, ignore_eos=True)\n"  # more than the limit, whatever the model says
+        "with ForkJoin.from_pretrained(sys.argv[1]) as fj, fj.fork('Go', ['a', 'b'], sampling=sampling) as branches:\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"  # of any one file; writing more fails
         "    fj.save(sys.argv[2], branches)\n"
     )
