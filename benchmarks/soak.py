@@ -4,7 +4,7 @@
 
 Each round forks three branches from a prefix, lets them write, joins them into a long-lived synthesizer, answers, and
 forgets all of it; every tenth round is followed by a whole `ForkJoin.run`, contexts and all. It exits with 1 if the
-resident size is more than 1 % above what it was after the first three hundred rounds, or if cells are left over.
+resident size is more than 1 % above what it was after the first hundred rounds, or if cells are left over.
 """
 
 import argparse
@@ -19,9 +19,7 @@ from pyps.engine.context import Context
 from pyps.engine.generate import Generation, generate
 from pyps.engine.join import Span, join
 
-# Rounds after which nothing should grow any more. Every tenth has a whole run with contexts of its own: malloc's heap
-# finds its size after some thirty of those (+2 % from round 100 to 300, +0.1 % in the 700 rounds after them).
-SETTLED = 300
+SETTLED = 100  # rounds after which nothing should grow any more
 
 
 def resident_mb() -> float:
