@@ -118,7 +118,7 @@ def lay_out(
     for lay, p, e in zip(layouts, prompts, examples, strict=True):
         spans = [next(outputs).tokens if b.text is None else model.tokenize(b.text) for b in e.branches]
         spans = [span or [model.end_of_turn] for span in spans]  # the model may have had nothing to say
-        texts = [b.text or text_of(model, span) for b, span in zip(e.branches, spans, strict=True)]
+        texts = [b.text or model.text(span) for b, span in zip(e.branches, spans, strict=True)]
         names = [b.name or f"branch-{i + 1}" for i, b in enumerate(e.branches)]
         token_examples.append(
             TokenExample(
@@ -138,11 +138,6 @@ def add_answers(model: Model, examples: Sequence[TokenExample]) -> list[TokenExa
     """Return the examples, with the greedy answers of text synthesis in those that have none; one batch for all."""
     answers = iter(complete(model, [t.prefix + t.pasted for t in examples if not t.answer], _ANSWER, 0))
     return [t if t.answer else replace(t, answer=_with_end(model, next(answers))) for t in examples]
-
-
-def text_of(model: Model, tokens: Sequence[int]) -> str:
-    """Return the text of tokens; bytes that are not UTF-8 are replaced."""
-    return b"".join(map(model.piece, tokens)).decode(errors="replace")
 
 
 def _with_end(model: Model, generation: Generation) -> list[int]:

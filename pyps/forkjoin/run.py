@@ -9,7 +9,6 @@ from pyps.agents.agent import Agent, run_agents
 from pyps.agents.tools import ToolCall
 from pyps.engine.context import Context
 from pyps.engine.generate import FinishReason, Stopped
-from pyps.engine.join import Span, join
 from pyps.errors import InputError
 from pyps.forkjoin.branches import Branches, BranchResult, Cached
 from pyps.forkjoin.events import (
@@ -291,11 +290,7 @@ class Run:
             after=answer.assignment.max_cells(self._model),
             options=plan.setting.options,
         ) as synthesizer:
-            if plan.setting.why_not_joinable:
-                if n_prefix:
-                    synthesizer.reader.prefill(0, plan.prefix)
-            else:
-                self._copy_prefix(ctx, synthesizer)
+            self._copy_prefix(ctx, synthesizer)
             spoken = yield from self._speak(synthesizer, answer, tail, "text")
         return spoken.synthesis(
             Tokens(joined=0, prefilled=len(tail), generated=0),
@@ -303,14 +298,13 @@ class Run:
         )
 
     def _copy_prefix(self, ctx: Context, synthesizer: Synthesizer) -> None:
-        """Copy the prefix from a branch that still begins with all of it, or read it again if none does."""
-        n = len(self._plan.prefix)
-        branches = self._plan.branches
-        seq = next((i for i, b in enumerate(branches) if b.fork_point == n), None if branches else 0)
-        if seq is None:
-            synthesizer.reader.prefill(0, self._plan.prefix)
-        elif n:
-            join(ctx, synthesizer.reader, [Span(seq, 0, n, 0)])
+        """Give text synthesis the prefix: from a branch that still begins with all of it, or by reading it again."""
+        prefix, branches = self._plan.prefix, self._plan.branches
+        seq = next((i for i, b in enumerate(branches) if b.fork_point == len(prefix)), None if branches else 0)
+        if seq is not None and not self._plan.setting.why_not_joinable:
+            synthesizer.keep_prefix(ctx, len(prefix), seq)
+        elif prefix:
+            synthesizer.reader.prefill(0, prefix)
 
     def _speak(
         self, synthesizer: Synthesizer, answer: PlannedAnswer, prompt: list[int], mode: Mode

@@ -181,13 +181,13 @@ class Synthesizer:
         for ctx in {self.reader, self.decoder}:
             ctx.warm_up()
 
-    def keep_prefix(self, source: Context, n: int) -> None:
-        """Copy the first n positions of source's sequence 0.
+    def keep_prefix(self, source: Context, n: int, seq: int = 0) -> None:
+        """Copy the first n positions of one of source's sequences.
 
         They come from the branches even if the synthesizer has a LoRA: what it reads was written without one.
         """
         if n:
-            join(source, self.reader, [Span(0, 0, n, 0)])
+            join(source, self.reader, [Span(seq, 0, n, 0)])
 
     def join(self, outputs: Sequence[Output], starts: Sequence[int], mapper: Mapper | None = None) -> int:
         """Place the outputs of branches, none of them empty, at the positions that `placement` gives.

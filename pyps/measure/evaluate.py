@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pyps.adapters.adapter import Adapter
 from pyps.data.example import Example, read_examples
-from pyps.data.tokens import TokenExample, lay_out, text_of
+from pyps.data.tokens import TokenExample, lay_out
 from pyps.engine.context import Context, Token
 from pyps.engine.find import Progress, no_progress
 from pyps.engine.logits import log_softmax
@@ -151,7 +151,7 @@ def evaluate(
             return
         (tokens,) = lay_out(model, layout, [example], seed=i, branch_tokens=max_tokens)
         branches = [
-            branch.model_copy(update={"text": text_of(model, output)})
+            branch.model_copy(update={"text": model.text(output)})
             for branch, (_, output) in zip(example.branches, tokens.branches, strict=True)
         ]
         (backwards,) = lay_out(model, layout, [example.model_copy(update={"branches": branches[::-1]})], seed=i)
@@ -161,7 +161,7 @@ def evaluate(
                 answer = reference if mode == MODES[0] else encoded.answer(mode)
                 logs = reference.logs if mode == MODES[0] else encoded.judge(mode, reference)
                 kl = (np.exp(reference.logs) * (reference.logs - logs)).sum(-1)
-                text = text_of(model, answer.tokens)
+                text = model.text(answer.tokens)
                 yield Outcome(
                     mode=mode.name,
                     family=example.family,
