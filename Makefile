@@ -36,6 +36,9 @@ BUILD := CFLAGS="$(CFLAGS) $(AMX)" CXXFLAGS="$(CXXFLAGS) $(AMX)" CMAKE_ARGS="-DL
 KEY    := $(shell (grep -m1 ^flags /proc/cpuinfo; uname -sm; $(CC) --version; echo '$(BUILD)') 2>/dev/null | cksum | cut -d' ' -f1)
 WHEELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/pyps/wheels/$(LLAMA)-$(KEY)
 
+# of the extensions
+SOURCES := $(wildcard native/*.cpp native/*.h native/*/*.cpp native/*/*.h)
+
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_FIND_LINKS="$(WHEELS) $(PIP_FIND_LINKS)" $(BIN)/python -m pip
 
 .PHONY: demo test lint fix docs exact mutants soak bench bench-slots bench-compare adapter clean
@@ -51,7 +54,7 @@ test: lint
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror native/*
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell $$(git ls-files)
@@ -60,7 +63,7 @@ lint: $(VENV)/installed-test
 fix: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i native/*
+	$(BIN)/clang-format -i $(SOURCES)
 	$(BIN)/cog -r -I tools docs/cli.md
 
 docs: $(VENV)/installed-test
@@ -120,7 +123,7 @@ $(WHEELS)/built: | $(VENV)/pip
 	rmdir $(WHEELS)/new
 	touch $@
 
-$(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard native/*) | $(WHEELS)/built
+$(VENV)/installed: pyproject.toml CMakeLists.txt $(SOURCES) | $(WHEELS)/built
 	$(PIP) install --quiet --editable .
 	touch $@
 

@@ -9,10 +9,20 @@ import pytest
 from support.exactness import Record, write_pages
 from support.tiny import TinyModel, write_model
 
+from pyps.engine import kernels
 from pyps.engine.find import find_model
 from pyps.engine.model import Model
 
 _RECORDS = pytest.StashKey[list[Record]]()
+
+
+@pytest.fixture
+def kernels_off() -> Iterator[None]:
+    """llama.cpp's own kernels, as on a CPU for which there are none of ours."""
+    in_use = kernels.in_use()
+    kernels.use(kernels.OFF)
+    yield
+    kernels.use(in_use)
 
 
 @pytest.fixture(scope="session")

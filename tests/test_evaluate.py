@@ -77,6 +77,7 @@ def test_outputs_that_do_not_fit_one_after_the_other(tmp_path: Path, data: Path,
     assert scores[0] == scores[1]
 
 
+@pytest.mark.usefixtures("kernels_off")
 def test_long_prompts_are_read_apart(data: Path, tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a run does it; the measures hardly change."""
     measures = []

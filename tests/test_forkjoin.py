@@ -197,6 +197,7 @@ def test_a_stream_that_is_dropped_frees_its_contexts(fj: ForkJoin) -> None:
     assert fj.run(TASK, BRANCHES, sampling=GREEDY).answer
 
 
+@pytest.mark.usefixtures("kernels_off")
 def test_a_long_prompt_is_read_with_flash_attention_and_moved(smollm2: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """In both modes: what the answer sees is the same, and it can be kept."""
     runs = []

@@ -309,7 +309,9 @@ def test_next_tokens_agree_with_llama_cpps_own_path(smollm2: Model) -> None:
     difference = max(kl(w, g) for w, g in zip(want, got, strict=True))
     their_own = max(kl(w, o) for other in others for w, o in zip(want, other, strict=True))
     print(f"KL to llama.cpp's own path: {difference:.2e}; llama.cpp against itself: {their_own:.2e}")
-    assert difference < (5e-2 if llama_cpp.llama_supports_gpu_offload() else 1e-2)
+    # activations are rounded to 8 bits, and a last bit that differs can turn a rounding: 2.5e-2 for llama.cpp's own
+    # kernels in batches of other sizes
+    assert difference < 5e-2
     assert difference <= their_own
 
 
@@ -718,10 +720,9 @@ def test_a_quantised_type_that_a_model_cannot_have(tiny: Model) -> None:
         Context(tiny, 256, kv_type="q8_0", flash_attn=True)
     with pytest.raises(InputError, match="cannot have q8_0 keys: heads of 16 channels"):
         Context(tiny, 256, kv_type="q8_0/f16")
-    with pytest.raises(InputError, match="needs flash attention"):
-        Context(tiny, 256, kv_type="q8_0")
-    with pytest.raises(InputError, match="needs flash attention"):
-        Context(tiny, 256, kv_type="f16/q8_0")
+    for kv_type in ("q8_0", "f16/q8_0"):
+        with pytest.raises(InputError, match="needs flash attention"):
+            Context(tiny, 256, kv_type=kv_type, flash_attn=False)
     for wrong in ("q2_k", "f16/f99", "f16/f16/f16", "/", ""):
         with pytest.raises(InputError, match="choose one of f16, bf16, f32, q8_0, q4_0, or one for K and one for V"):
             Context(tiny, 256, kv_type=wrong)

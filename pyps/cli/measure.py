@@ -106,6 +106,9 @@ def evaluate(
     )
 
 
+_JOBS = 3  # rounds of the whole job, which takes seconds, at most
+
+
 @click.command()
 @model_option
 @click.option(
@@ -142,6 +145,13 @@ def evaluate(
     help="Tokens of the task. Text synthesis has them in its cache; the paper layout reads them again after the join.",
 )
 @click.option("--repeat", type=click.IntRange(1, 1000), default=5, show_default=True, help="Rounds for the medians.")
+@click.option(
+    "--answer",
+    type=click.IntRange(0, 2**16),
+    default=64,
+    show_default=True,
+    help="Tokens of the whole job's answer; 0 leaves the whole job and the steps out.",
+)
 @kv_type_option
 @threads_option
 @json_option
@@ -156,17 +166,21 @@ def bench(
     prompt: list[int],
     task: int,
     repeat: int,
+    answer: int,
     kv_type: str,
     threads: int | None,
     as_json: bool,
     plot: Path | None,
 ) -> None:
-    """Measure the time to the first token from caches and from texts, in turn, in one process.
+    """Measure the time to the first token from caches and from texts, and the whole job, in turn, in one process.
 
-    Beside them it measures the floor (the synthesizer's prompt alone, on a cache that is there already), llama.cpp's
-    own K-shift, and the rate at which branches decode. Let nothing else run meanwhile.
+    Beside the first token it measures the floor (the synthesizer's prompt alone, on a cache that is there already),
+    llama.cpp's own K-shift, and the rate at which branches decode. The whole job, of the fewest tokens that are given,
+    is measured beside the same without pyps's kernels, and beside llama_cpp.Llama, call after call. Let nothing else
+    run meanwhile.
     """
     from pyps.measure.bench import Case, peak_memory, run_bench
+    from pyps.measure.job import measure_jobs, measure_steps
 
     check_plot(plot)
     cases = [Case(*sizes, task) for sizes in product(branches, tokens, prompt)]
@@ -189,6 +203,28 @@ def bench(
                 report=progress,
                 stopped=interrupt.requested,
             )
+            if answer:
+                jobs = measure_jobs(
+                    fj,
+                    path,
+                    [(n, min(tokens)) for n in branches],
+                    answer=answer,
+                    repeat=min(repeat, _JOBS),
+                    kv_type=kv_type,
+                    threads=threads,
+                    report=progress,
+                    stopped=interrupt.requested,
+                )
+                report = replace(report, jobs=tuple(jobs))
+                steps = measure_steps(
+                    fj.model,
+                    repeat=repeat,
+                    kv_type=kv_type,
+                    threads=threads,
+                    report=progress,
+                    stopped=interrupt.requested,
+                )
+                report = replace(report, steps=tuple(steps))
         if not interrupt.requested():
             progress("peak memory", None)
             adapter_path = Path(report.adapter) if report.adapter else None

@@ -11,7 +11,7 @@ from pyps.cli.display import one_line
 from pyps.forkjoin.slots import Slots
 
 if TYPE_CHECKING:
-    from pyps.measure.reports import BenchReport, BenchRow, EvaluationReport, ModeScores
+    from pyps.measure.reports import BenchReport, BenchRow, EvaluationReport, JobRow, Median, ModeScores, StepRow
 
 
 def show_slots(console: Console, slots: Slots) -> None:
@@ -82,6 +82,18 @@ def show_bench(console: Console, report: "BenchReport") -> None:
     console.print(_times(report.rows))
     _print(console, "", "Branches decoding, tokens/s")
     console.print(_rates(report.rows))
+    if report.jobs:
+        _print(
+            console,
+            "",
+            f"The whole job, with an answer of {report.jobs[0].answer} tokens, ms (kernels: {report.kernels})",
+        )
+        console.print(_jobs(report.jobs))
+        _print(console, "", "Its first token after the branches' last, ms")
+        console.print(_first_tokens(report.jobs))
+    if report.steps:
+        _print(console, "", f"A token of each of some sequences of {report.steps[0].cells} cells, ms")
+        console.print(_steps(report.steps))
     text = f"\nA joined cell takes {report.cell_bytes:,} bytes"
     if report.peak_mb is not None:
         text += (
@@ -126,6 +138,56 @@ def _rates(rows: "Sequence[BenchRow]") -> Table:
             f"{row.batch_gain.value:.2f}",
         )
     return table
+
+
+def _jobs(rows: "Sequence[JobRow]") -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("branches", "job", "kernels off", "ratio", "call after call", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            f"{row.branches} x {row.tokens}",
+            f"{row.ours_ms.value:,.0f}",
+            f"{row.off_ms.value:,.0f}",
+            _with_spread(row.off_ratio),
+            f"{row.calls_ms.value:,.0f}",
+            _with_spread(row.calls_ratio),
+        )
+    return table
+
+
+def _first_tokens(rows: "Sequence[JobRow]") -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("branches", "first token", "kernels off", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            f"{row.branches} x {row.tokens}",
+            _ms(row.ours_first_ms.value),
+            _ms(row.off_first_ms.value),
+            _with_spread(row.first_ratio),
+        )
+    return table
+
+
+def _steps(rows: "Sequence[StepRow]") -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("sequences", "step", "tokens/s", "kernels off", "tokens/s", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            str(row.sequences),
+            _ms(row.step_ms.value),
+            f"{row.sequences / row.step_ms.value * 1e3:,.0f}",
+            _ms(row.off_ms.value),
+            f"{row.sequences / row.off_ms.value * 1e3:,.0f}",
+            _with_spread(row.off_ratio),
+        )
+    return table
+
+
+def _with_spread(ratio: "Median") -> str:
+    return f"{ratio.value:.2f} ({ratio.least:.1f}-{ratio.most:.1f})"
 
 
 def _print(console: Console, *lines: str) -> None:

@@ -10,7 +10,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from pyps.engine import log, native
+from pyps.engine import kernels, log, native
 from pyps.engine.model import Model
 from pyps.engine.tuned import tuned
 from pyps.errors import EngineError, InputError, RefusedError
@@ -42,12 +42,15 @@ def needs_flash_attn(kv_type: str) -> bool:
     return split_kv_type(kv_type)[1] in _QUANTISED
 
 
-def prefers_flash_attn(kv_type: str) -> bool:
+def prefers_flash_attn(model: Model, kv_type: str) -> bool:
     """Return whether a context that decodes should have flash attention.
 
-    On a GPU it is better for every batch; on a CPU it is much slower for short ones.
+    With our kernels (kernels.py) and on a GPU it is better for every batch; on a CPU without them it is much slower for
+    short ones. An f32 cache is for exactness, and llama.cpp's flash attention rounds that to f16.
     """
-    return needs_flash_attn(kv_type) or bool(llama_cpp.llama_supports_gpu_offload())
+    exact = "f32" in split_kv_type(kv_type)
+    ours = kernels.in_use() != kernels.OFF and model.head_dim % kernels.HEAD_MULTIPLE == 0 and not exact
+    return ours or needs_flash_attn(kv_type) or bool(llama_cpp.llama_supports_gpu_offload())
 
 
 def round_up(n_ctx: int) -> int:
@@ -76,8 +79,7 @@ class Context:
         n_ctx: Cells of each sequence; llama.cpp rounds them up to a multiple of 256.
         n_seq: Number of sequences, 1 to 256.
         kv_type: Type of K and V, a key of KV_TYPES; or one of each: "q8_0/f16". A quantised V needs flash_attn.
-        flash_attn: Whether to use flash attention. On a CPU it is faster for long prefills and much slower for short
-            batches and decoding.
+        flash_attn: Whether to use flash attention; None for what is faster here (`prefers_flash_attn`).
         threads: Threads that compute; None for what suits the model on this machine (tuned.py).
         unified: Whether all sequences share one buffer instead of having a stream each.
         n_batch: Most tokens that are computed at once; None likewise.
@@ -97,7 +99,7 @@ class Context:
         n_seq: int = 1,
         *,
         kv_type: str = "f16",
-        flash_attn: bool = False,
+        flash_attn: bool | None = None,
         threads: int | None = None,
         unified: bool = False,
         n_batch: int | None = None,
@@ -106,7 +108,7 @@ class Context:
     ) -> None:
         self._pointer: llama_cpp.llama_context_p | None = None
         type_k, type_v = split_kv_type(kv_type)
-        if needs_flash_attn(kv_type) and not flash_attn:
+        if needs_flash_attn(kv_type) and flash_attn is False:
             raise InputError(f"KV type {kv_type!r} needs flash attention (flash_attn=True)")
         if not 1 <= n_seq <= MAX_SEQUENCES:
             raise InputError(f"a context can hold 1 to {MAX_SEQUENCES} sequences, not {n_seq}")
@@ -135,7 +137,7 @@ class Context:
         params.n_outputs_max = max(n_seq, n_logits or 0)
         params.n_threads = params.n_threads_batch = threads or tuned(model).threads
         params.type_k, params.type_v = KV_TYPES[type_k], KV_TYPES[type_v]
-        params.flash_attn_type = int(flash_attn)
+        params.flash_attn_type = int(prefers_flash_attn(model, kv_type) if flash_attn is None else flash_attn)
         params.no_perf = True
         params.swa_full = swa_full
         with log.captured():

@@ -268,7 +268,6 @@ def complete(
     seed: int,
     *,
     kv_type: str = "f16",
-    flash_attn: bool = False,
     threads: int | None = None,
     stopped: Stopped = never,
 ) -> list[Generation]:
@@ -280,7 +279,6 @@ def complete(
         sampling: Of all; its seed is not used.
         seed: Of the first prompt; seeds count up from it, so a prompt given twice is continued in two ways.
         kv_type: Type of K and V, as Context takes it.
-        flash_attn: Whether the context has flash attention.
         threads: Threads of the context; None for what suits the model here.
         stopped: Asked before each step; once true, generations stay as far as they are.
 
@@ -296,7 +294,6 @@ def complete(
             max(map(len, chunk)) + sampling.max_tokens,
             len(chunk),
             kv_type=kv_type,
-            flash_attn=flash_attn,
             threads=threads,
         ) as ctx:
             if common:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import llama_cpp
 
-from pyps.engine import log, native
+from pyps.engine import kernels, log, native
 from pyps.engine.gguf_file import check_gguf
 from pyps.engine.trial import try_to_load
 from pyps.errors import InputError, RefusedError
@@ -64,9 +64,10 @@ class Model:
         """Load a GGUF file.
 
         Raises:
-            InputError: The file is missing, damaged, or not a model that llama.cpp knows.
+            InputError: The file is missing, damaged, or not a model that llama.cpp knows; or PYPS_KERNELS is wrong.
             MachineError: The memory does not suffice.
         """
+        kernels.check()
         path = Path(path)
         check_gguf(path, "model")
         try_to_load(path)
@@ -83,8 +84,9 @@ class Model:
         """Use the model of an existing Llama object, whose contexts and cache are left alone.
 
         Raises:
-            InputError: The Llama object is closed.
+            InputError: The Llama object is closed, or PYPS_KERNELS is wrong.
         """
+        kernels.check()
         _start_backend()
         if llama.model is None:
             raise InputError("the Llama object is closed")

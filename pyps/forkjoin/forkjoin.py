@@ -7,7 +7,7 @@ import llama_cpp
 from typing_extensions import Unpack
 
 from pyps.adapters.adapter import Adapter
-from pyps.engine.context import prefers_flash_attn, split_kv_type
+from pyps.engine.context import split_kv_type
 from pyps.engine.find import AUTO, DEFAULT_MODEL, Progress, find_adapter, find_model
 from pyps.engine.generate import Stopped, complete, never
 from pyps.engine.model import Model
@@ -241,7 +241,6 @@ class ForkJoin:
             sampling,
             draw_seed() if sampling.seed is None else sampling.seed,
             kv_type=self._options.kv_type,
-            flash_attn=prefers_flash_attn(self._options.kv_type),
             threads=self._options.threads,
             stopped=stopped,
         )

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from pyps.engine import native
-from pyps.engine.context import KV_TYPES, MAX_SEQUENCES, Context, needs_flash_attn, split_kv_type
+from pyps.engine.context import KV_TYPES, MAX_SEQUENCES, Context, split_kv_type
 from pyps.engine.gguf_file import check_gguf, open_gguf, writing
 from pyps.engine.model import Model
 from pyps.engine.positions import check_joinable
@@ -243,7 +243,6 @@ def load_slots(slots: Slots, model: Model, threads: int | None = None) -> Branch
         max(n_ctx, 1, limit + 1 if slots.long else 1),
         len(lengths),
         kv_type=slots.kv_type,
-        flash_attn=needs_flash_attn(slots.kv_type),
         threads=threads,
         unified=not limit,
     )

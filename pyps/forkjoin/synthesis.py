@@ -19,8 +19,8 @@ from pyps.engine.join import Span, join
 from pyps.engine.model import Model
 from pyps.engine.positions import rotated_layers, why_not_joinable
 
-# On a CPU flash attention has its tiled kernel from 64 tokens on, and is far slower with fewer; from twice as many on
-# it gains more than moving the cells costs.
+# On a CPU llama.cpp's own flash attention has its tiled kernel from 64 tokens on, and is far slower with fewer; from
+# twice as many on it gains more than moving the cells costs.
 _LONG_PROMPT = 128  # tokens
 
 
@@ -45,17 +45,17 @@ class ContextOptions:
         n_ctx: int,
         n_seq: int = 1,
         *,
-        flash_attn: bool = False,
+        flash_attn: bool | None = None,
         adapter: Adapter | None = None,
         **options: Any,
     ) -> Context:
-        """Open a context, with flash attention if it is asked for or better for decoding, and attach an adapter's LoRA.
+        """Open a context, and attach an adapter's LoRA.
 
         Args:
             model: The model.
             n_ctx: Cells of each sequence.
             n_seq: Number of sequences.
-            flash_attn: Whether flash attention is wanted even where decoding is slower with it.
+            flash_attn: Whether to use flash attention; None for what is faster for decoding.
             adapter: Its LoRA is on for everything the context computes.
             options: More of Context's.
 
@@ -68,7 +68,7 @@ class ContextOptions:
             max(n_ctx, self.min_cells),
             n_seq,
             kv_type=self.kv_type,
-            flash_attn=flash_attn or prefers_flash_attn(self.kv_type),
+            flash_attn=flash_attn,
             threads=self.threads,
             **options,
         )
@@ -123,9 +123,9 @@ def placement(
 class Synthesizer:
     """The contexts of a synthesizer: where its prompt is read, and where its answer is decoded.
 
-    Both are the same, except for long prompts on a CPU: flash attention reads those faster and decodes slower, so they
-    are read in a context with it, and what that holds moves to the decoder by another join of distance 0. Close it, or
-    use `with`.
+    Both are the same, except for long prompts on a CPU without our kernels: llama.cpp's own flash attention reads those
+    faster and decodes slower, so they are read in a context with it, and what that holds moves to the decoder by
+    another join of distance 0. Close it, or use `with`.
 
     Args:
         model: The model.
@@ -158,7 +158,7 @@ class Synthesizer:
         self.decoder = options.open(model, cells + after, adapter=adapter, n_logits=n_logits)
         self.reader = self.decoder
         # a model whose caches cannot be joined cannot be moved to the decoder either
-        if prompt >= _LONG_PROMPT and not prefers_flash_attn(options.kv_type) and not why_not_joinable(model):
+        if prompt >= _LONG_PROMPT and not prefers_flash_attn(model, options.kv_type) and not why_not_joinable(model):
             try:
                 self.reader = options.open(model, cells, flash_attn=True, adapter=adapter)
             except BaseException:

@@ -29,6 +29,7 @@ from typing import Any
 import llama_cpp
 
 from pyps.adapters.adapter import Adapter
+from pyps.engine import kernels
 from pyps.engine.context import Context, Token, cell_bytes, prefers_flash_attn
 from pyps.engine.find import Progress, no_progress
 from pyps.engine.join import Span, join
@@ -124,6 +125,7 @@ def run_bench(
         stopped=stopped,
     )
     return BenchReport(
+        kernels=kernels.in_use(),
         model=name or model.name,
         adapter=str(adapter.path) if adapter else None,
         layout=fj.layout,
@@ -234,7 +236,7 @@ class _Sides:
         assert self._synthesizer is not None
         return self._synthesizer
 
-    def _context(self, n_ctx: int, n_seq: int = 1, *, flash_attn: bool = False, **options: Any) -> Context:
+    def _context(self, n_ctx: int, n_seq: int = 1, *, flash_attn: bool | None = None, **options: Any) -> Context:
         ctx = self._options.open(self._model, n_ctx, n_seq, flash_attn=flash_attn, **options)
         self._contexts.append(ctx)
         return ctx
@@ -310,7 +312,7 @@ class _Sides:
             c = self._case
             least = math.inf
             for flash, batch in _TEXT_SETTINGS:
-                if not flash and prefers_flash_attn(self._options.kv_type):
+                if not flash and prefers_flash_attn(self._model, self._options.kv_type):
                     continue
                 ctx = self._context(c.task + c.branches * c.tokens + c.prompt, flash_attn=flash, n_batch=batch)
                 ctx.warm_up()

@@ -9,8 +9,8 @@ from statistics import median
 
 import llama_cpp
 
-from pyps.engine import log
-from pyps.engine.context import KV_TYPES, Context, Token, needs_flash_attn, prefers_flash_attn
+from pyps.engine import kernels, log
+from pyps.engine.context import KV_TYPES, Context, Token
 from pyps.engine.find import Progress, no_progress
 from pyps.engine.model import Model
 from pyps.engine.positions import why_not_joinable
@@ -47,6 +47,21 @@ class ModelReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KernelsReport:
+    """What computes on the CPU (engine/kernels.py).
+
+    Attributes:
+        in_use: The name of pyps's kernels, or "off".
+        why_off: Why none of pyps's are used; empty if some are.
+        types: For each type of weights: their name, or "llama.cpp" and the reason.
+    """
+
+    in_use: str
+    why_off: str
+    types: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class DoctorReport:
     """What this machine and this build can do.
 
@@ -55,6 +70,7 @@ class DoctorReport:
         system: What llama.cpp says of the machine.
         threads: Number of physical cores.
         gpu: Whether llama.cpp was built for a GPU.
+        kernels: What computes on the CPU.
         model: The model that was examined, if any.
     """
 
@@ -62,6 +78,7 @@ class DoctorReport:
     system: str
     threads: int
     gpu: bool
+    kernels: KernelsReport
     model: ModelReport | None
 
     def to_json(self) -> str:
@@ -75,7 +92,12 @@ class DoctorReport:
             f"llama.cpp         {self.system}",
             f"threads           {self.threads} (physical cores)",
             f"GPU               {'yes' if self.gpu else 'no: built for the CPU only'}",
+            f"kernels           {self.kernels.in_use}" + (f": {why}" if (why := self.kernels.why_off) else ""),
         ]
+        by_kernels: dict[str, list[str]] = {}
+        for name, what in self.kernels.types.items():
+            by_kernels.setdefault(what, []).append(name)
+        lines += [f"  {', '.join(names)}: {what}" for what, names in by_kernels.items()]
         if m := self.model:
             lines += [
                 "",
@@ -101,8 +123,9 @@ def examine(path: Path | None, report: Progress = no_progress) -> DoctorReport:
         report: Called with what is being tried.
 
     Raises:
-        InputError: The model cannot be loaded.
+        InputError: The model cannot be loaded, or PYPS_KERNELS is wrong.
     """
+    kernels.check()
     with log.captured():
         system = llama_cpp.llama_print_system_info().decode("utf-8", "replace").strip()
     return DoctorReport(
@@ -110,8 +133,30 @@ def examine(path: Path | None, report: Progress = no_progress) -> DoctorReport:
         system=system,
         threads=default_threads(),
         gpu=bool(llama_cpp.llama_supports_gpu_offload()),
+        kernels=_examine_kernels(),
         model=_examine_model(path, report) if path else None,
     )
+
+
+# the types that files of models have
+_TYPES = (
+    *("q8_0", "q6_K", "q5_K", "q5_1", "q5_0", "q4_K", "q4_1", "q4_0", "iq4_nl"),
+    *("q3_K", "q2_K", "iq4_xs", "mxfp4", "bf16", "f16", "f32"),
+)
+_REPACKED = ("q4_0", "q4_K", "iq4_nl")  # on loading, where the sizes allow it
+
+
+def _examine_kernels() -> KernelsReport:
+    ours = kernels.types()
+    types = {}
+    for name in _TYPES:
+        if name not in ours:
+            types[name] = f"llama.cpp ({kernels.why_off() or 'pyps has none for it'})"
+        elif name in _REPACKED:
+            types[name] = f"{kernels.in_use()}, where llama.cpp has not repacked the weights for its own"
+        else:
+            types[name] = kernels.in_use()
+    return KernelsReport(in_use=kernels.in_use(), why_off=kernels.why_off(), types=types)
 
 
 def _examine_model(path: Path, report: Progress) -> ModelReport:
@@ -125,7 +170,7 @@ def _examine_model(path: Path, report: Progress) -> ModelReport:
         kv_types = {}
         for name in KV_TYPES:
             try:
-                Context(model, 256, kv_type=name, flash_attn=needs_flash_attn(name)).close()
+                Context(model, 256, kv_type=name).close()
                 kv_types[name] = ""
             except InputError as error:
                 kv_types[name] = str(error)
@@ -195,7 +240,7 @@ def _time_short(model: Model, threads: int) -> float:
 
 
 def _time_long(model: Model, threads: int, batch: int) -> float:
-    with Context(model, _LONG, threads=threads, n_batch=batch, flash_attn=prefers_flash_attn("f16")) as ctx:
+    with Context(model, _LONG, threads=threads, n_batch=batch) as ctx:
         ctx.warm_up()
         began = time.perf_counter()
         ctx.prefill(0, [0] * _LONG)

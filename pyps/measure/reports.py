@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from typing_extensions import Self
+
 
 @dataclass(frozen=True)
 class Median:
@@ -14,8 +16,32 @@ class Median:
     most: float
 
 
+class _Medians:
+    """A row of numbers and medians, as JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as a JSON object: a median under its own name, its extremes under `NAME_spread`."""
+        row: dict[str, Any] = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Median):
+                row |= {field.name: value.value, f"{field.name}_spread": [value.least, value.most]}
+            else:
+                row[field.name] = value
+        return row
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Self:
+        """Return the row that `to_dict` wrote."""
+        values = {f.name: row[f.name] for f in fields(cls)}  # type: ignore[arg-type]
+        for name in values:
+            if f"{name}_spread" in row:
+                values[name] = Median(values[name], *row[f"{name}_spread"])
+        return cls(**values)
+
+
 @dataclass(frozen=True, kw_only=True)
-class BenchRow:
+class BenchRow(_Medians):
     """What one case of `pyps bench` measured.
 
     Attributes:
@@ -60,26 +86,6 @@ class BenchRow:
     floor_bound_ms: float | None
     batch_bound_tokens_s: float | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the row as a JSON object: a median under its own name, its extremes under `NAME_spread`."""
-        row: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Median):
-                row |= {field.name: value.value, f"{field.name}_spread": [value.least, value.most]}
-            else:
-                row[field.name] = value
-        return row
-
-    @classmethod
-    def from_dict(cls, row: Mapping[str, Any]) -> "BenchRow":
-        """Return the row that `to_dict` wrote."""
-        values = {f.name: row[f.name] for f in fields(cls)}
-        for name in values:
-            if f"{name}_spread" in row:
-                values[name] = Median(values[name], *row[f"{name}_spread"])
-        return cls(**values)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -105,10 +111,61 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JobRow(_Medians):
+    """What a whole job took: branches and their answer, from the task to the answer's last token.
+
+    Attributes:
+        branches: Number of branches.
+        tokens: Tokens of each branch's output.
+        answer: Tokens of the answer.
+        ours_ms: Milliseconds with the kernels in use.
+        off_ms: Milliseconds with llama.cpp's own kernels.
+        calls_ms: Milliseconds with one `llama_cpp.Llama`, call after call, and llama.cpp's own kernels.
+        off_ratio: off_ms / ours_ms.
+        calls_ratio: calls_ms / ours_ms.
+        ours_first_ms: Milliseconds from the branches' last token to the answer's first, with the kernels in use.
+        off_first_ms: The same with llama.cpp's own.
+        first_ratio: off_first_ms / ours_first_ms.
+    """
+
+    branches: int
+    tokens: int
+    answer: int
+    ours_ms: Median
+    off_ms: Median
+    calls_ms: Median
+    off_ratio: Median
+    calls_ratio: Median
+    ours_first_ms: Median
+    off_first_ms: Median
+    first_ratio: Median
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRow(_Medians):
+    """What it takes to decode one token of each of some sequences, in one batch.
+
+    Attributes:
+        sequences: Number of sequences.
+        cells: Cells that each has.
+        step_ms: Milliseconds with the kernels in use.
+        off_ms: Milliseconds with llama.cpp's own.
+        off_ratio: off_ms / step_ms.
+    """
+
+    sequences: int
+    cells: int
+    step_ms: Median
+    off_ms: Median
+    off_ratio: Median
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchReport:
     """Everything that one call of `pyps bench` measured.
 
     Attributes:
+        kernels: The name of the kernels in use, or "off".
         model: The model's name.
         adapter: The adapter's file, if there is one.
         layout: The prompt layout.
@@ -120,8 +177,11 @@ class BenchReport:
         model_mb: Megabytes of the model's file.
         peak_mb: Most megabytes of a process that does the last row's branches and synthesizer; None if not measured.
         rows: One for each case that was measured whole.
+        jobs: One for each whole job that was measured.
+        steps: One for each number of sequences that was measured.
     """
 
+    kernels: str = "off"
     model: str
     adapter: str | None
     layout: str
@@ -133,6 +193,8 @@ class BenchReport:
     model_mb: float
     peak_mb: float | None = None
     rows: tuple[BenchRow, ...]
+    jobs: tuple[JobRow, ...] = ()
+    steps: tuple[StepRow, ...] = ()
 
     @property
     def is_empty(self) -> bool:
@@ -142,15 +204,17 @@ class BenchReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a JSON object."""
         report = {f.name: getattr(self, f.name) for f in fields(self)}
-        return report | {"machine": self.machine.to_dict(), "rows": [row.to_dict() for row in self.rows]}
+        tables = {name: [row.to_dict() for row in getattr(self, name)] for name in ("rows", "jobs", "steps")}
+        return report | {"machine": self.machine.to_dict()} | tables
 
     @classmethod
     def from_dict(cls, report: Mapping[str, Any]) -> "BenchReport":
         """Return the report that `to_dict`, of this version or of one before, wrote."""
-        values = {f.name: report[f.name] for f in fields(cls)}
+        values = {f.name: report[f.name] for f in fields(cls) if f.name in report}
         machine = report["machine"]
         values["machine"] = Machine(**{f.name: machine.get(f.name) for f in fields(Machine)})
-        values["rows"] = tuple(BenchRow.from_dict(row) for row in report["rows"])
+        for name, kind in (("rows", BenchRow), ("jobs", JobRow), ("steps", StepRow)):
+            values[name] = tuple(kind.from_dict(row) for row in report.get(name, ()))
         return cls(**values)
 
 

@@ -1,0 +1,20 @@
+// FLASH_ATTN_EXT nodes of ggml, computed by ours.
+#pragma once
+
+#include "kernels.h"
+
+struct ggml_compute_params;
+struct ggml_tensor;
+
+namespace pyps::kernels {
+
+// Whether these kernels can compute the node.
+bool can_attend(const Kernels & kernels, const ggml_tensor * op);
+
+// Bytes of scratch memory that the node needs with up to n_threads.
+size_t attend_scratch(const Kernels & kernels, const ggml_tensor * op, int n_threads);
+
+// One thread's part of the node.
+void attend(const Kernels & kernels, const ggml_compute_params * params, ggml_tensor * op);
+
+}  // namespace pyps::kernels
