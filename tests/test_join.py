@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support.caches import EPSILON, fill, hadamard, kl, quantisation_steps, read, rotate, round_to
 from support.tiny import HEAD_DIM, TinyModel
 
+from pyps.engine import kernels
 from pyps.engine.context import Context, Token
 from pyps.engine.join import Span, join
 from pyps.engine.model import Model
@@ -309,10 +310,12 @@ def test_next_tokens_agree_with_llama_cpps_own_path(smollm2: Model) -> None:
     difference = max(kl(w, g) for w, g in zip(want, got, strict=True))
     their_own = max(kl(w, o) for other in others for w, o in zip(want, other, strict=True))
     print(f"KL to llama.cpp's own path: {difference:.2e}; llama.cpp against itself: {their_own:.2e}")
-    # activations are rounded to 8 bits, and a last bit that differs can turn a rounding: 2.5e-2 for llama.cpp's own
-    # kernels in batches of other sizes
+    # activations are rounded to 8 bits, and a last bit that differs can turn a rounding
     assert difference < 5e-2
-    assert difference <= their_own
+    if kernels.in_use() == kernels.OFF:
+        assert difference <= their_own
+    else:
+        assert their_own == 0, "with ours the size of a batch makes no difference"
 
 
 def test_unequal_and_repeated_joins_continue_after_the_longest(tiny: Model) -> None:

@@ -268,6 +268,11 @@ class Model:
         self.check_open()
         return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
 
+    @functools.cached_property
+    def end_tokens(self) -> list[int]:
+        """All tokens that end a generation."""
+        return [token for token in range(self.n_vocab) if self.ends(token)]
+
     @property
     def end_of_turn(self) -> int:
         """The token that ends the model's answers."""

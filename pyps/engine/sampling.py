@@ -92,8 +92,7 @@ class Sampler:
         chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
         links = []
         if sampling.ignore_eos:
-            ends = [token for token in range(model.n_vocab) if model.ends(token)]
-            never = [llama_cpp.llama_logit_bias(token, -math.inf) for token in ends]
+            never = [llama_cpp.llama_logit_bias(token, -math.inf) for token in model.end_tokens]
             biases = (llama_cpp.llama_logit_bias * len(never))(*never)
             links.append(llama_cpp.llama_sampler_init_logit_bias(model.n_vocab, len(never), biases))
         links.append(
