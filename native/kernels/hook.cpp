@@ -82,6 +82,8 @@ template <bool (*can)(const Kernels &, const ggml_tensor *),
           size_t (*scratch)(const Kernels &, const ggml_tensor *, int),
           void (*compute)(const Kernels &, const ggml_compute_params *, ggml_tensor *)>
 struct Traits : ggml::cpu::tensor_traits {
+    ggml::cpu::extra_buffer_type * next;
+
     bool work_size(int n_threads, const ggml_tensor * op, size_t & size) override {
         const Kernels * kernels = current.load(std::memory_order_relaxed);
         const bool      ours    = kernels && can(*kernels, op);
@@ -90,14 +92,17 @@ struct Traits : ggml::cpu::tensor_traits {
         }
         if (ours) {
             size = scratch(*kernels, op, n_threads);
+            return true;
         }
-        return ours;
+        auto * others = next->get_tensor_traits(op);
+        return others && others->work_size(n_threads, op, size);
     }
 
     bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
         const Kernels * kernels = planned(op);
         if (!kernels || params->use_ref) {
-            return false;
+            auto * others = next->get_tensor_traits(op);
+            return others && others->compute_forward(params, op);
         }
         compute(*kernels, params, op);
         if (params->ith == 0) {
@@ -114,26 +119,26 @@ bool in_extra_buffer(const ggml_tensor * t) {
 
 class Hook : public ggml::cpu::extra_buffer_type {
   public:
-    explicit Hook(ggml::cpu::extra_buffer_type * next) : next_(next) {}
+    explicit Hook(ggml::cpu::extra_buffer_type * next) : next_(next) { product_.next = attention_.next = next; }
 
     bool supports_op(ggml_backend_dev_t device, const ggml_tensor * op) override {
         return next_->supports_op(device, op);
     }
 
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
-        static Traits<can_multiply, multiply_scratch, multiply> product;
-        static Traits<can_attend, attend_scratch, attend>       attention;
-        if (op->op == GGML_OP_MUL_MAT && !in_extra_buffer(op->src[0])) {
-            return &product;
+        if (op->op == GGML_OP_MUL_MAT && (is_repacked(op->src[0]) || !in_extra_buffer(op->src[0]))) {
+            return &product_;
         }
         if (op->op == GGML_OP_FLASH_ATTN_EXT) {
-            return &attention;
+            return &attention_;
         }
         return next_->get_tensor_traits(op);
     }
 
   private:
-    ggml::cpu::extra_buffer_type * next_;  // what stood here before
+    ggml::cpu::extra_buffer_type *                   next_;  // what stood here before
+    Traits<can_multiply, multiply_scratch, multiply> product_;
+    Traits<can_attend, attend_scratch, attend>       attention_;
 };
 
 }  // namespace
@@ -168,6 +173,9 @@ std::vector<std::string> types(const std::string & name) {
     std::vector<std::string> all;
     if (const Choice * choice = find(name)) {
         for (int i = 0; i < choice->kernels->n_products; ++i) {
+            if (choice->kernels->products[i].repacked) {
+                continue;  // of a type that is there as it lies in files, too
+            }
             all.push_back(ggml_type_name(ggml_type(choice->kernels->products[i].type)));
         }
     }

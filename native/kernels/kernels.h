@@ -30,9 +30,11 @@ struct Weights {
 
 // How one type of weights is multiplied.
 struct Product {
-    int type;    // a ggml_type
-    int offset;  // what has been added to every weight to make it unsigned
-    int groups;  // of a block of weights that have a scale each: 1 or 2
+    int  type;         // a ggml_type
+    bool repacked;     // as ggml has repacked it: the blocks of 8 rows side by side
+    int  min_columns;  // with fewer, ggml's own are as fast or faster
+    int  offset;       // what has been added to every weight to make it unsigned
+    int  groups;       // of a block of weights that have a scale each: 1 or 2
     // Multiplies the rows [begin, end) by all columns; out[c] is where column c of the result begins.
     void (*multiply)(const Weights & weights, const Columns & columns, int64_t begin, int64_t end, float * const * out);
 };
@@ -92,9 +94,9 @@ struct Kernels {
     // Merges what has been read of n parts of the cells into the result [dv]; sink: a score without a value, or null.
     void (*merge)(const Partial * partials, int n, int dv, const float * sink, float * out);
 
-    const Product * product(int type) const {
+    const Product * product(int type, bool repacked) const {
         for (int i = 0; i < n_products; ++i) {
-            if (products[i].type == type) {
+            if (products[i].type == type && products[i].repacked == repacked) {
                 return &products[i];
             }
         }

@@ -143,6 +143,14 @@ struct Lanes {
             _mm256_store_si256((I *) (out + 32 * (k + 4)), _mm256_permute2x128_si256(t[0][k], t[1][k], 0x31));
         }
     }
+
+    template <typename Octets> static void split(Octets && octets, uint8_t * first, uint8_t * second) {
+        const F a = _mm256_castsi256_ps(octets(0, 0)), b = _mm256_castsi256_ps(octets(0, 1));
+        const I even = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88));  // rows 0, 1, 4, 5, 2, 3, 6, 7
+        const I odd  = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd));
+        _mm256_store_si256((I *) first, _mm256_permute4x64_epi64(even, 0xd8));
+        _mm256_store_si256((I *) second, _mm256_permute4x64_epi64(odd, 0xd8));
+    }
 };
 
 }  // namespace

@@ -120,6 +120,16 @@ struct Lanes {
             _mm512_store_si512(out + 64 * (k + 4), _mm512_shuffle_i32x4(t[0][k], t[1][k], 0xdd));
         }
     }
+
+    // Takes 8 bytes of each of 16 rows apart into two registers: the first 4 of all rows, and the other 4.
+    // octets(g, h): those of rows 8g + 4h … 8g + 4h + 3.
+    template <typename Octets> static void split(Octets && octets, uint8_t * first, uint8_t * second) {
+        const I a    = _mm512_inserti64x4(_mm512_castsi256_si512(octets(0, 0)), octets(0, 1), 1);
+        const I b    = _mm512_inserti64x4(_mm512_castsi256_si512(octets(1, 0)), octets(1, 1), 1);
+        const I even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        _mm512_store_si512(first, _mm512_permutex2var_epi32(a, even, b));
+        _mm512_store_si512(second, _mm512_permutex2var_epi32(a, _mm512_add_epi32(even, set(1)), b));
+    }
 };
 
 }  // namespace

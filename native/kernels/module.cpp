@@ -39,11 +39,16 @@ int64_t width(int type, size_t bytes) {
     return int64_t(bytes / ggml_type_size(ggml_type(type))) * ggml_blck_size(ggml_type(type));
 }
 
-Result multiply(int type, Array<uint8_t, 2> weights, nb::ndarray<nb::numpy, const float, nb::ndim<4>> x, int threads) {
+Result multiply(int                                              type,
+                Array<uint8_t, 2>                                weights,
+                nb::ndarray<nb::numpy, const float, nb::ndim<4>> x,
+                int                                              threads,
+                bool                                             repacked) {
     const int64_t k = width(type, weights.shape(1));
     check(int64_t(x.shape(3)) == k && x.stride(3) == 1 && x.size() > 0 && weights.shape(0) > 0, "columns");
     check(threads >= 1 && threads <= 512, "threads");
-    pyps::kernels::ProductProbe probe{ type, k, int64_t(weights.shape(0)), weights.data(), x.data(), {}, {}, threads };
+    pyps::kernels::ProductProbe probe{ type,    k,       int64_t(weights.shape(0)), weights.data(), x.data(), {}, {},
+                                       threads, repacked };
     for (int i = 0; i < 3; ++i) {
         probe.n[i]      = int64_t(x.shape(2 - i));
         probe.stride[i] = size_t(x.stride(2 - i)) * sizeof(float);
@@ -127,8 +132,9 @@ NB_MODULE(_kernels, m) {
     m.def("use", &pyps::kernels::use, "name"_a, "Use these for what is computed from now on; '' for ggml's own.");
     m.def("in_use", &pyps::kernels::in_use, "Return the name of those in use; '' for ggml's own.");
     m.def("computed", &pyps::kernels::computed, "Return how many nodes ours have computed in this process.");
-    m.def("multiply", &multiply, "type"_a, "weights"_a, "x"_a, "threads"_a,
-          "Return x [a, b, c, k] times weights (bytes [rows, row] of a ggml type): float32 [a, b, c, rows].");
+    m.def("multiply", &multiply, "type"_a, "weights"_a, "x"_a, "threads"_a, "repacked"_a = false,
+          "Return x [a, b, c, k] times weights (bytes [rows, row] of a ggml type, repacked as for a model or not):\n"
+          "float32 [a, b, c, rows].");
     m.def("attend", &attend, "q"_a, "k_type"_a, "k"_a, "v_type"_a, "v"_a, "mask"_a = nb::none(), "sinks"_a = nb::none(),
           "scale"_a = 1.0f, "bias"_a = 0.0f, "cap"_a = 0.0f, "threads"_a = 1,
           "Return the flash attention of q [streams, tokens, heads, dk] over k and v (bytes [streams, cells, heads, "

@@ -2,9 +2,11 @@
 
 #include "../errors.h"
 
+#include "ggml-backend.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
 
+#include <cstring>
 #include <memory>
 
 namespace pyps::kernels {
@@ -20,6 +22,20 @@ Context make_context() {
         throw EngineError("ggml cannot make a context");
     }
     return context;
+}
+
+using Buffer = std::unique_ptr<ggml_backend_buffer, decltype(&ggml_backend_buffer_free)>;
+
+ggml_backend_buffer_type_t repacking_buffer_type() {
+    ggml_backend_dev_t device = ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0);
+    const auto         get    = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
+        ggml_backend_cpu_reg(), "ggml_backend_dev_get_extra_bufts");
+    for (ggml_backend_buffer_type_t * type = get ? get(device) : nullptr; type && *type; ++type) {
+        if (strcmp(ggml_backend_buft_name(*type), "CPU_REPACK") == 0) {
+            return *type;
+        }
+    }
+    throw EngineError("this build of ggml repacks no weights");
 }
 
 std::vector<float> compute(ggml_context * context, ggml_tensor * op, int threads) {
@@ -55,6 +71,16 @@ std::vector<float> ProductProbe::run() const {
     const Context context = make_context();
     const size_t  row     = ggml_row_size(ggml_type(type), k);
     ggml_tensor * w = make_tensor(context.get(), type, { k, rows, 1, 1 }, { row, row * rows, row * rows }, weights);
+    Buffer        buffer(nullptr, ggml_backend_buffer_free);
+    if (repacked) {
+        buffer.reset(ggml_backend_buft_alloc_buffer(repacking_buffer_type(), row * rows));
+        w->data = nullptr;
+        if (!buffer || ggml_backend_tensor_alloc(buffer.get(), w, ggml_backend_buffer_get_base(buffer.get())) ||
+            !w->extra) {
+            throw EngineError("ggml does not repack such weights");
+        }
+        ggml_backend_tensor_set(w, weights, 0, row * rows);
+    }
     ggml_tensor * x = make_tensor(context.get(), GGML_TYPE_F32, { k, n[0], n[1], n[2] }, stride, columns);
     return compute(context.get(), ggml_mul_mat(context.get(), w, x), threads);
 }

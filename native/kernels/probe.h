@@ -20,6 +20,7 @@ struct ProductProbe {
     std::array<int64_t, 3> n;       // innermost first
     std::array<size_t, 3>  stride;  // bytes
     int                    threads;
+    bool                   repacked = false;  // whether ggml repacks the weights, as it does when it loads a model
 
     std::vector<float> run() const;
 };

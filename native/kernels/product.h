@@ -26,28 +26,40 @@ template <class T> struct Panel {
     alignas(64) float minimum[T::minimum ? kChunk : 1][Lanes::n];
 };
 
-// Unpacks blocks [b, b + count) of the rows, both multiples of what a block of the file has.
+// Unpacks blocks [b, b + count) of the rows, both multiples of what a block of the file has. rows: where each begins, or
+// each 8 interleaved ones.
 template <class T>
 inline void unpack(const uint8_t * const * rows, int64_t b, int count, Ahead & next, Panel<T> & panel) {
     constexpr int                                               parts = T::values / kBlock, groups = Panel<T>::groups;
     RawScales<Lanes::n, parts * groups, T::minimum ? parts : 0> raw[kChunk / parts];
     for (int i = 0; i < count; i += parts) {
-        const size_t at = (b + i) / parts * T::size;
-        for (int r = 0; r < Lanes::n; ++r) {
-            T::scales(rows[r] + at, raw[i / parts], r);
+        const size_t at = (b + i) / parts * T::size * T::rows;
+        for (int r = 0; r < Lanes::n; r += T::rows) {
+            T::scales(rows[r / T::rows] + at, raw[i / parts], r);
         }
     }
     for (int i = 0; i < count; ++i) {
-        const size_t at = (b + i) / parts * T::size;
-        Lanes::transpose(
-            [&](int r) {
-                if (r % 4 == 3) {
-                    next.fetch_line();
-                }
-                const __m256i x = T::bytes(rows[r] + at, i % parts);
-                return T::bits == 8 && Lanes::signed8 ? _mm256_xor_si256(x, _mm256_set1_epi8(-128)) : x;
-            },
-            panel.bytes[i]);
+        const size_t at   = (b + i) / parts * T::size * T::rows;
+        const auto   sign = [](__m256i x) {
+            return T::bits == 8 && Lanes::signed8 ? _mm256_xor_si256(x, _mm256_set1_epi8(-128)) : x;
+        };
+        if constexpr (T::rows == 1) {
+            Lanes::transpose(
+                [&](int r) {
+                    if (r % 4 == 3) {
+                        next.fetch_line();
+                    }
+                    return sign(T::bytes(rows[r] + at, i % parts));
+                },
+                panel.bytes[i]);
+        } else {
+            for (int octet = 0; octet < 4; ++octet) {
+                next.fetch_line();
+                uint8_t * out = panel.bytes[i] + octet * 8 * Lanes::n;
+                Lanes::split([&](int g, int half) { return sign(T::bytes(rows[g] + at, i % parts, octet, half)); }, out,
+                             out + 4 * Lanes::n);
+            }
+        }
     }
     for (int i = 0; i < count; i += parts) {
         const auto & block = raw[i / parts];
@@ -144,9 +156,10 @@ void multiply(const Weights & weights, const Columns & columns, int64_t begin, i
     alignas(64) float sums[kMaxColumns * Lanes::n];
     for (int64_t row = begin; row < end; row += Lanes::n) {
         const int       n_rows = int(end - row < Lanes::n ? end - row : Lanes::n);
-        const uint8_t * rows[Lanes::n];
-        for (int r = 0; r < Lanes::n; ++r) {  // lanes without a row get the last one again
-            rows[r] = (const uint8_t *) weights.data + (row + (r < n_rows ? r : n_rows - 1)) * weights.stride;
+        const uint8_t * rows[Lanes::n / T::rows];
+        for (int r = 0; r < Lanes::n; r += T::rows) {  // lanes without a row get the last one again
+            const int64_t here = row + (r < n_rows ? r : n_rows - T::rows);
+            rows[r / T::rows]  = (const uint8_t *) weights.data + here * weights.stride;
         }
         for (int c = 0; c < columns.n; c += kMaxColumns) {
             const int last = columns.n - c < kMaxColumns ? columns.n : c + kMaxColumns;
@@ -167,7 +180,8 @@ void multiply(const Weights & weights, const Columns & columns, int64_t begin, i
 }
 
 template <class T> constexpr Product product() {
-    return { T::type, T::bits == 8 && Lanes::signed8 ? 0 : T::offset, T::halves ? 2 : 1, multiply<T> };
+    constexpr int offset = T::bits == 8 && Lanes::signed8 ? 0 : T::offset;
+    return { T::type, T::rows > 1, T::columns, offset, T::halves ? 2 : 1, multiply<T> };
 }
 
 // Sums of eight lanes.
@@ -221,8 +235,9 @@ void quantise(const float * x, const Columns & columns, int c, int64_t begin, in
     }
 }
 
-constexpr Product kProducts[] = { product<Q8_0>(), product<Q5_0>(), product<Q5_1>(), product<Q4_0>(),  product<Q4_1>(),
-                                  product<Q4_K>(), product<Q5_K>(), product<Q6_K>(), product<IQ4_NL>() };
+constexpr Product kProducts[] = { product<Q8_0>(),   product<Q5_0>(),   product<Q5_1>(),   product<Q4_0>(),
+                                  product<Q4_1>(),   product<Q4_K>(),   product<Q5_K>(),   product<Q6_K>(),
+                                  product<IQ4_NL>(), product<Q4_0x8>(), product<Q4_Kx8>(), product<IQ4_NLx8>() };
 
 }  // namespace
 }  // namespace pyps::kernels

@@ -2,8 +2,11 @@
 
 #include "shares.h"
 
+#include "ggml-backend-impl.h"
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
+
+#include <cstring>
 
 namespace pyps::kernels {
 
@@ -31,6 +34,10 @@ struct ProductScratch {
     }
 };
 
+const Product * find_product(const Kernels & kernels, const ggml_tensor * op) {
+    return kernels.product(op->src[0]->type, is_repacked(op->src[0]));
+}
+
 // Column c of a tensor, counted over all dimensions but the first.
 float * column(const ggml_tensor * t, int64_t c) {
     const int64_t i1 = c % t->ne[1], i2 = c / t->ne[1] % t->ne[2], i3 = c / t->ne[1] / t->ne[2];
@@ -39,11 +46,17 @@ float * column(const ggml_tensor * t, int64_t c) {
 
 }  // namespace
 
+bool is_repacked(const ggml_tensor * weights) {
+    // by its name: the buffer type itself is not exported. On x86 it interleaves 8 rows, 8 bytes of each.
+    return weights->buffer && strcmp(ggml_backend_buft_name(weights->buffer->buft), "CPU_REPACK") == 0;
+}
+
 bool can_multiply(const Kernels & kernels, const ggml_tensor * op) {
     const ggml_tensor *w = op->src[0], *x = op->src[1];
-    return kernels.product(w->type) && w->ne[2] == 1 && w->ne[3] == 1 && w->nb[0] == ggml_type_size(w->type) &&
-           x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && ggml_nrows(x) < INT32_MAX / kBlock &&
-           op->type == GGML_TYPE_F32 && op->nb[0] == sizeof(float);
+    const Product *    product = find_product(kernels, op);
+    return product && ggml_nrows(x) >= product->min_columns && w->ne[2] == 1 && w->ne[3] == 1 &&
+           w->nb[0] == ggml_type_size(w->type) && x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) &&
+           ggml_nrows(x) < INT32_MAX / kBlock && op->type == GGML_TYPE_F32 && op->nb[0] == sizeof(float);
 }
 
 size_t multiply_scratch(const Kernels & kernels, const ggml_tensor * op, int n_threads) {
@@ -55,7 +68,7 @@ size_t multiply_scratch(const Kernels & kernels, const ggml_tensor * op, int n_t
 
 void multiply(const Kernels & kernels, const ggml_compute_params * params, ggml_tensor * op) {
     const int       ith = params->ith, nth = params->nth;
-    const Product & product = *kernels.product(op->src[0]->type);
+    const Product & product = *find_product(kernels, op);
     const Weights   weights{ (const char *) op->src[0]->data, op->src[0]->nb[1], op->src[0]->ne[1] };
     ProductScratch  scratch(kernels, Scratch(params->wdata), op, nth);
     const Columns & columns = scratch.columns;

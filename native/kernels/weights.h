@@ -3,12 +3,15 @@
 // Each type has
 //   values   of one block of the file: 32, or 256 for the K types, with a scale for each 32 or 16 of them
 //   size     of that block in bytes
+//   rows     that are interleaved: 1, or 8 where ggml has repacked them on loading (ggml-cpu/repack.cpp)
+//   columns  from which on ours are faster than ggml's own
 //   halves   whether each 16 values have a scale of their own, instead of each 32
 //   bits     of an unsigned weight, which tells how many products fit into 16 bits
 //   offset   that makes it unsigned: weight = scale * (byte - offset)
 //   minimum  whether a minimum is added: weight = scale * byte + minimum
-//   bytes()  32 weights of a block, the part-th of it
-//   scales() the block's scales
+//   bytes()  32 weights of a block, the part-th of it; or of 8 interleaved rows the octet-th 8 weights of that part, of
+//            rows 0 to 3 or 4 to 7
+//   scales() the scales of the block, or of the 8 blocks
 #pragma once
 
 #include <immintrin.h>
@@ -49,7 +52,7 @@ inline __m256i fifth_bits(const uint8_t * p) {  // 32 bits become bytes of 16 or
 }
 
 struct Simple {  // one f16 scale a block
-    static constexpr int             values  = 32;
+    static constexpr int             values = 32, rows = 1, columns = 1;
     static constexpr bool            halves  = false;
     static constexpr bool            minimum = false;
     template <class Raw> static void scales(const uint8_t * block, Raw & raw, int r) { raw.d[r] = load16(block); }
@@ -97,16 +100,17 @@ struct Q5_1 : SimpleMinimum {
 
 struct IQ4_NL : Simple {
     static constexpr int type = 20, size = 18, bits = 8, offset = 128;
-    static __m256i       bytes(const uint8_t * block, int) {
-        // the 16 values that a nibble stands for, plus 128
-        const __m256i values = _mm256_broadcastsi128_si256(
+    static __m256i       values_of_nibbles() {  // plus 128
+        return _mm256_broadcastsi128_si256(
             _mm_setr_epi8(1, 24, 45, 63, 79, 93, 106, 118, -127, -115, -103, -90, -75, -59, -39, -15));
-        return _mm256_shuffle_epi8(values, load_nibbles(block + 2));
+    }
+    static __m256i bytes(const uint8_t * block, int) {
+        return _mm256_shuffle_epi8(values_of_nibbles(), load_nibbles(block + 2));
     }
 };
 
 struct FourBitScales {  // of Q4_K and Q5_K: 8 scales and 8 minima of 6 bits in 12 bytes
-    static constexpr int             values  = 256;
+    static constexpr int             values = 256, rows = 1, columns = 2;
     static constexpr bool            halves  = false;
     static constexpr bool            minimum = true;
     static constexpr int             offset  = 0;
@@ -144,7 +148,7 @@ struct Q5_K : FourBitScales {
 };
 
 struct Q6_K {
-    static constexpr int  type = 14, size = 210, bits = 6, offset = 32, values = 256;
+    static constexpr int  type = 14, size = 210, bits = 6, offset = 32, values = 256, rows = 1, columns = 2;
     static constexpr bool halves = true, minimum = false;
     static __m256i        bytes(const uint8_t * block, int part) {
         // 128 values are four parts: part p has nibbles of 32 bytes, p / 2 says which nibble, and bits 2p of `high`
@@ -159,6 +163,55 @@ struct Q6_K {
         raw.d[r] = load16(block + 208);
         for (int j = 0; j < 16; ++j) {
             raw.scale[j][r] = int8_t(block[192 + j]);
+        }
+    }
+};
+
+// 8 bytes of each of 4 rows; nibble: 0 for the low ones, 1 for the high ones
+inline __m256i load_octets(const uint8_t * p, int nibble) {
+    const __m256i x = _mm256_loadu_si256((const __m256i *) p);
+    return _mm256_and_si256(nibble ? _mm256_srli_epi16(x, 4) : x, _mm256_set1_epi8(15));
+}
+
+struct Simple8 : Simple {  // 8 scales, then the first 8 bytes of all rows, then the other 8
+    static constexpr int             rows = 8, columns = 2, size = 18;
+    template <class Raw> static void scales(const uint8_t * block, Raw & raw, int r) { memcpy(raw.d + r, block, 16); }
+    static __m256i                   nibbles(const uint8_t * block, int octet, int half) {
+        return load_octets(block + 16 + octet % 2 * 64 + half * 32, octet / 2);
+    }
+};
+
+struct Q4_0x8 : Simple8 {
+    static constexpr int type = 2, bits = 4, offset = 8;
+    static __m256i       bytes(const uint8_t * block, int, int octet, int half) {
+        return _mm256_xor_si256(nibbles(block, octet, half), _mm256_set1_epi8(8));  // ggml has made them signed
+    }
+};
+
+struct IQ4_NLx8 : Simple8 {
+    static constexpr int type = 20, bits = 8, offset = 128;
+    static __m256i       bytes(const uint8_t * block, int, int octet, int half) {
+        return _mm256_shuffle_epi8(IQ4_NL::values_of_nibbles(), nibbles(block, octet, half));
+    }
+};
+
+struct Q4_Kx8 : FourBitScales {
+    static constexpr int type = 12, size = 144, bits = 4, rows = 8;
+    static __m256i       bytes(const uint8_t * block, int part, int octet, int half) {
+        return load_octets(block + 128 + (part / 2 * 4 + octet) * 64 + half * 32, part % 2);
+    }
+    // each part has the scales and minima of 8 rows, packed as those of the 8 parts of a row are
+    template <class Raw> static void scales(const uint8_t * block, Raw & raw, int r) {
+        memcpy(raw.d + r, block, 16);
+        memcpy(raw.m + r, block + 16, 16);
+        for (int part = 0; part < 8; ++part) {
+            const uint8_t * s = block + 32 + 12 * part;
+            for (int j = 0; j < 4; ++j) {
+                raw.scale[part][r + j]     = int8_t(s[j] & 63);
+                raw.min[part][r + j]       = s[j + 4] & 63;
+                raw.scale[part][r + j + 4] = int8_t((s[j + 8] & 15) | (s[j] >> 6) << 4);
+                raw.min[part][r + j + 4]   = uint8_t(s[j + 8] >> 4 | (s[j + 4] >> 6) << 4);
+            }
         }
     }
 };

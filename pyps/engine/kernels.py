@@ -92,12 +92,12 @@ def _install() -> None:
     except PypsError as error:
         _why_none = str(error)
         return
-    asked = os.environ.get(VARIABLE, "")
+    choice = os.environ.get(VARIABLE, "")
     best = next((name for name in names() if _kernels.runs_here(name)), OFF)
     try:
-        use(asked or best)
+        use(choice or best)
     except InputError as error:
-        _mistake = InputError(f"{VARIABLE}={asked}: {error}")
+        _mistake = InputError(f"{VARIABLE}={choice}: {error}")
     if in_use() != OFF and not _hook_works():
         _kernels.use("")
         _why_none = "llama.cpp does not ask for them"

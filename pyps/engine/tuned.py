@@ -14,6 +14,7 @@ from pathlib import Path
 
 import llama_cpp
 
+from pyps.engine import kernels
 from pyps.engine.find import cache_dir
 from pyps.engine.model import Model
 from pyps.files import whole
@@ -93,5 +94,6 @@ def write_tuned(model: Model, settings: Tuned) -> None:
 
 def _path(model: Model) -> Path:
     description = model.metadata.get("general.file_type"), model.n_layer, model.n_embd, model.n_vocab, model.arch
-    machine = cpu_name(), sorted(allowed_cpus()), llama_cpp.__version__, llama_cpp.llama_supports_gpu_offload()
+    build = llama_cpp.__version__, llama_cpp.llama_supports_gpu_offload(), kernels.in_use()
+    machine = cpu_name(), sorted(allowed_cpus()), *build
     return cache_dir() / "tuned" / f"{hashlib.sha256(repr((description, machine)).encode()).hexdigest()[:32]}.json"

@@ -94,19 +94,19 @@ def measure_jobs(
                 if stopped():
                     return
                 report(what, (i + n / (repeat + 1)) / len(sizes))
-                found: dict[str, float] = {}
+                round_ms: dict[str, float] = {}
                 try:
                     for name, chosen in (("ours", in_use), ("off", kernels.OFF)):
                         kernels.use(chosen)
                         timing = fj.run(**_words(request)).timing_ms
-                        found |= {f"{name}_ms": timing.total, f"{name}_first_ms": timing.ttft}
-                    found["calls_ms"] = caller.job_ms()
+                        round_ms |= {f"{name}_ms": timing.total, f"{name}_first_ms": timing.ttft}
+                    round_ms["calls_ms"] = caller.job_ms()
                 finally:
                     kernels.use(in_use)
-                found["off_ratio"] = found["off_ms"] / found["ours_ms"]
-                found["calls_ratio"] = found["calls_ms"] / found["ours_ms"]
-                found["first_ratio"] = found["off_first_ms"] / found["ours_first_ms"]
-                for name, value in found.items() if n else ():  # the first warms up
+                round_ms["off_ratio"] = round_ms["off_ms"] / round_ms["ours_ms"]
+                round_ms["calls_ratio"] = round_ms["calls_ms"] / round_ms["ours_ms"]
+                round_ms["first_ratio"] = round_ms["off_first_ms"] / round_ms["ours_first_ms"]
+                for name, value in round_ms.items() if n else ():  # the first warms up
                     times.setdefault(name, []).append(value)
         medians = {name: _median(values) for name, values in times.items()}
         yield JobRow(branches=branches, tokens=tokens, answer=answer, **medians)

@@ -35,6 +35,7 @@ MOVED = "tests/test_join.py::test_a_moved_span_is_what_llama_cpp_computes_there"
 TRIED = "tests/test_join.py::test_which_layers_have_positions_is_found_by_trying"
 ORACLE = "tests/test_oracle.py"
 SYNTHESIS = "tests/test_train_synthesis.py"
+KERNELS = "tests/test_kernels.py"
 
 MUTANTS = [
     Mutant(
@@ -241,6 +242,62 @@ MUTANTS = [
         "            if branch.fork_point < len(plan.prefix):",
         "            if False:",
         ("tests/test_forkjoin.py::test_a_branch_of_its_own_reads_what_it_is_told",),
+    ),
+    Mutant(
+        "unsigned weights are not corrected",
+        "native/kernels/product.h",
+        "columns.offset[at] = -product.offset * (first + second);",
+        "columns.offset[at] = 0 * (first + second);",
+        (f"{KERNELS}::test_products_of_any_size[Q8_0]", f"{KERNELS}::test_the_default_model_says_what_it_says_without"),
+    ),
+    Mutant(
+        "the second half of a block has the first one's scale",
+        "native/kernels/product.h",
+        "L::load(panel.scale[i * groups + g])",
+        "L::load(panel.scale[i * groups])",
+        (f"{KERNELS}::test_products_of_any_size[Q6_K]",),
+    ),
+    Mutant(
+        "the weights' minimum is left out",
+        "native/kernels/product.h",
+        "sum[j] = L::fma(L::load(panel.minimum[i]), L::set(columns.sum[at + j]), sum[j]);",
+        "",
+        (f"{KERNELS}::test_products_of_any_size[Q4_K]", f"{KERNELS}::test_products_of_any_size[Q5_1]"),
+    ),
+    Mutant(
+        "what is no number becomes one",
+        "native/kernels/product.h",
+        'scale = __builtin_nanf("");',
+        "scale = 0.0f;",
+        (f"{KERNELS}::test_zeros_great_and_small_values_and_what_is_no_number[Q8_0-avx2]",),
+    ),
+    Mutant(
+        "what attention has summed is not scaled down",
+        "native/kernels/attention.h",
+        "            partial.sum *= factor;",
+        "",
+        (f"{KERNELS}::test_attention_of_any_size", f"{KERNELS}::test_attention_is_exact_but_for_rounding"),
+    ),
+    Mutant(
+        "hidden cells are read",
+        "native/kernels/attention.h",
+        "            s            = L::hide(L::fma(m, L::set(slope), s), m);",
+        "            s            = L::fma(m, L::set(slope), s);",
+        (f"{KERNELS}::test_what_lies_in_hidden_cells_does_not_matter",),
+    ),
+    Mutant(
+        "the last tokens are taken for those of a full share",
+        "native/kernels/attention_node.cpp",
+        "std::min(cut.tokens, n_tokens - i_tokens * cut.tokens) * cut.group",
+        "cut.tokens * cut.group",
+        (f"{KERNELS}::test_attention_of_any_size",),
+    ),
+    Mutant(
+        "the variable is not looked at",
+        "pyps/engine/kernels.py",
+        "use(choice or best)",
+        "use(best)",
+        (f"{KERNELS}::test_names_that_there_are_not", f"{KERNELS}::test_the_variable_and_the_doctor"),
     ),
     Mutant(
         "what was written half-way stays beside the file",
