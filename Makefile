@@ -5,6 +5,8 @@
 # make docs    write docs/cli.md again, and build the site into build/site with all links checked
 # make exact   the comparison with the oracle alone; writes docs/exactness.md and docs/exactness.csv
 # make mutants breaks the implementation on purpose, line by line, and sees whether the tests notice
+# make asan    the kernels' check program under AddressSanitizer and UndefinedBehaviorSanitizer
+# make arm     the same program for 64-bit ARM, under an emulator (g++-aarch64-linux-gnu and qemu-user)
 # make soak    a thousand forks, joins and generations in one process: memory must stay where it is
 # make bench   time to first token, cache against text, and what bounds it (pyps bench)
 # make bench-slots   what it saves to join branches from a file
@@ -41,7 +43,7 @@ SOURCES := $(wildcard native/*.cpp native/*.h native/*/*.cpp native/*/*.h)
 
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_FIND_LINKS="$(WHEELS) $(PIP_FIND_LINKS)" $(BIN)/python -m pip
 
-.PHONY: demo test lint fix docs exact mutants soak bench bench-slots bench-compare adapter clean
+.PHONY: demo test lint fix docs exact mutants asan arm soak bench bench-slots bench-compare adapter clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -75,6 +77,30 @@ exact: $(VENV)/installed-test
 
 mutants: $(VENV)/installed-test
 	PIP_FIND_LINKS="$(WHEELS) $(PIP_FIND_LINKS)" $(BIN)/python tests/support/mutants.py
+
+# the headers that CMakeLists.txt has fetched, and the libraries that llama_cpp loads
+HEADERS = $(firstword $(wildcard build/*/llama_cpp_python-$(LLAMA)/vendor/llama.cpp))
+LIBRARIES = $(firstword $(wildcard $(VENV)/lib/python*/site-packages/llama_cpp/lib))
+
+asan: $(VENV)/installed
+	cmake -S native/check -B build/asan -DCMAKE_BUILD_TYPE=Debug -DLLAMA_CPP_DIR="$(abspath $(HEADERS))" \
+	  -DLLAMA_CPP_LIB="$(abspath $(LIBRARIES))" \
+	  -DCMAKE_CXX_FLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+	cmake --build build/asan --parallel 2
+	build/asan/check
+
+build/source: | $(VENV)/installed
+	$(PIP) download --quiet --no-deps --no-binary :all: --dest build llama-cpp-python==$(LLAMA)
+	mkdir -p $@
+	tar xzf build/llama_cpp_python-$(LLAMA).tar.gz --strip-components 1 -C $@
+
+arm: | build/source
+	@which aarch64-linux-gnu-g++ qemu-aarch64 >/dev/null || { echo "this needs the packages g++-aarch64-linux-gnu and qemu-user"; exit 2; }
+	cmake -S native/check -B build/arm -DCMAKE_BUILD_TYPE=Release -DCMAKE_SYSTEM_NAME=Linux \
+	  -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DLLAMA_CPP_DIR="$(abspath build/source/vendor/llama.cpp)"
+	cmake --build build/arm --parallel 2
+	qemu-aarch64 build/arm/check
 
 soak: $(VENV)/installed-test
 	$(BIN)/python benchmarks/soak.py

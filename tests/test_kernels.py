@@ -39,6 +39,9 @@ OURS = [name for name in kernels.names() if _kernels.runs_here(name)]
 DEFAULT = kernels.in_use()
 TYPES = [Type[name.upper()] for name in (_kernels.types(OURS[0]) if OURS else [])]
 
+FROM_TWO = (Type.Q4_K, Type.Q5_K, Type.Q6_K)  # columns: llama.cpp's own are faster for one
+REPACKED = (Type.Q4_0, Type.Q4_K, Type.IQ4_NL)
+
 needs_ours = pytest.mark.skipif(not OURS, reason="none of the kernels runs on this CPU")
 
 
@@ -76,13 +79,17 @@ def quantised(x: Floats) -> NDArray[np.float64]:
     return np.asarray((q * (limit / np.float32(127)).astype(np.float64)).reshape(x.shape))
 
 
-def multiply(name: str, type: Type, weights: NDArray[np.uint8], x: Floats, threads: int = 2) -> Floats:
-    """Return the product as these kernels compute it, and see that it was they."""
+def multiply(
+    name: str, type: Type, weights: NDArray[np.uint8], x: Floats, threads: int = 2, repacked: bool = False
+) -> Floats:
+    """Return the product as these kernels compute it, and see that it was they, if there are enough columns."""
     kernels.use(name)
     before = kernels.computed()
     shape = (1,) * (4 - x.ndim) + x.shape
-    product = _kernels.multiply(int(type), weights, np.lib.stride_tricks.as_strided(x, shape, _strides(x)), threads)
-    assert kernels.computed() - before == (name != kernels.OFF)
+    columns = np.lib.stride_tricks.as_strided(x, shape, _strides(x))
+    product = _kernels.multiply(int(type), weights, columns, threads, repacked)
+    enough = repacked or type in FROM_TWO
+    assert kernels.computed() - before == (name != kernels.OFF and x.size // x.shape[-1] > enough)
     return np.asarray(product.reshape(*x.shape[:-1], -1))
 
 
@@ -115,7 +122,7 @@ def test_products_are_no_further_from_exact_than_llama_cpps_own(type: Type) -> N
 @given(
     rows=st.integers(1, 70),
     blocks=st.integers(1, 40),
-    columns=st.integers(1, 70),
+    columns=st.integers(2, 70),
     threads=st.integers(1, 16),
     seed=st.integers(0, 2**32 - 1),
 )
@@ -125,10 +132,24 @@ def test_products_of_any_size(type: Type, rows: int, blocks: int, columns: int, 
     k = blocks * gguf.GGML_QUANT_SIZES[type][0]
     weights = random_weights(rng, type, rows, k)
     x = rng.standard_normal((columns, k)).astype(np.float32)
-    want = exact(type, weights, quantised(x).astype(np.float64))
+    want = exact(type, weights, quantised(x))
     size = np.abs(quantised(x)) @ np.abs(gguf.dequantize(weights, type).astype(np.float64)).T
     for name in OURS:
         assert (np.abs(multiply(name, type, weights, x, threads) - want) <= 1e-5 * size + 1e-30).all()
+
+
+@needs_ours
+@pytest.mark.parametrize("type", REPACKED, ids=lambda type: type.name)
+def test_products_with_weights_that_llama_cpp_has_repacked(type: Type) -> None:
+    rng = np.random.default_rng(5)
+    for rows, blocks, columns, threads in ((8, 1, 2, 1), (24, 3, 5, 2), (40, 17, 70, 3), (200, 2, 33, 16)):
+        k = blocks * gguf.GGML_QUANT_SIZES[type][0]
+        weights = random_weights(rng, type, rows, k)
+        x = rng.standard_normal((columns, k)).astype(np.float32)
+        want = exact(type, weights, quantised(x))
+        size = np.abs(quantised(x)) @ np.abs(gguf.dequantize(weights, type).astype(np.float64)).T
+        for name in OURS:
+            assert (np.abs(multiply(name, type, weights, x, threads, repacked=True) - want) <= 1e-5 * size).all()
 
 
 @needs_ours
@@ -140,7 +161,7 @@ def test_a_column_does_not_depend_on_the_others(name: str, type: Type) -> None:
     weights = random_weights(rng, type, 50, 512)
     x = rng.standard_normal((600, 512)).astype(np.float32)
     together = multiply(name, type, weights, x, 3)
-    for columns in (slice(0, 1), slice(3, 5), slice(599, 600), slice(100, 164)):
+    for columns in (slice(0, 2), slice(3, 6), slice(598, 600), slice(100, 164)):
         assert np.array_equal(multiply(name, type, weights, x[columns], 1), together[columns])
 
 
@@ -172,7 +193,7 @@ def test_zeros_great_and_small_values_and_what_is_no_number(name: str, type: Typ
     got = multiply(name, type, weights, x)
     assert (got[0] == 0).all()
     for i in (1, 2, 6):
-        want = exact(type, weights, quantised(x[i : i + 1]).astype(np.float64))[0]
+        want = exact(type, weights, quantised(x[i : i + 1]))[0]
         assert np.abs(got[i] - want).max() < 1e-4 * np.abs(want).max()
     assert np.abs(got[3]).max() < 1e-38, "too small to be told from 0"
     assert np.isnan(got[4]).all()

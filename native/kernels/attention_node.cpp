@@ -13,7 +13,7 @@ namespace {
 
 constexpr int    kMaxParts = 64;       // of the cells of a stream
 constexpr int    kMinCells = 128;      // of a part: fewer are not worth the merging
-constexpr size_t kOwn      = 1 << 20;  // bytes a thread, more than ggml's own flash attention asks for
+constexpr size_t kGgmls    = 1 << 20;  // bytes a thread, more than ggml's own flash attention asks for
 
 // How a node is cut: a share has some tokens and some cells of one stream, and all heads.
 struct Cut {
@@ -133,7 +133,7 @@ bool can_attend(const Kernels &, const ggml_tensor * op) {
 }
 
 size_t attend_scratch(const Kernels &, const ggml_tensor * op, int n_threads) {
-    size_t size = kOwn * n_threads;         // should ggml have to compute this after all (use_ref)
+    size_t size = kGgmls * n_threads;       // should ggml have to compute this after all (use_ref)
     for (int n = 1; n <= n_threads; ++n) {  // fewer threads than planned may compute it, and cut it differently
         size = std::max(size, AttentionScratch(Scratch(nullptr), Cut(op, n), 0, n).size);
     }

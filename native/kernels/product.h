@@ -213,6 +213,9 @@ void quantise(const float * x, const Columns & columns, int c, int64_t begin, in
         float         scale = limit / 127.0f, inverse = limit > 1e-35f ? 127.0f / limit : 0.0f;
         if (_mm256_movemask_ps(_mm256_cmp_ps(bad, bad, _CMP_UNORD_Q))) {
             scale = __builtin_nanf("");
+            for (__m256 & x8 : v) {
+                x8 = _mm256_setzero_ps();
+            }
         }
         __m256i q[4];
 #pragma GCC unroll 16

@@ -138,12 +138,13 @@ def examine(path: Path | None, report: Progress = no_progress) -> DoctorReport:
     )
 
 
+_FROM_TWO = ("q6_K", "q5_K", "q4_K")  # native/kernels/weights.h
+
 # the types that files of models have
 _TYPES = (
     *("q8_0", "q6_K", "q5_K", "q5_1", "q5_0", "q4_K", "q4_1", "q4_0", "iq4_nl"),
     *("q3_K", "q2_K", "iq4_xs", "mxfp4", "bf16", "f16", "f32"),
 )
-_REPACKED = ("q4_0", "q4_K", "iq4_nl")  # on loading, where the sizes allow it
 
 
 def _examine_kernels() -> KernelsReport:
@@ -152,8 +153,8 @@ def _examine_kernels() -> KernelsReport:
     for name in _TYPES:
         if name not in ours:
             types[name] = f"llama.cpp ({kernels.why_off() or 'pyps has none for it'})"
-        elif name in _REPACKED:
-            types[name] = f"{kernels.in_use()}, where llama.cpp has not repacked the weights for its own"
+        elif name in _FROM_TWO:
+            types[name] = f"{kernels.in_use()} from two columns on; llama.cpp's own is faster for one"
         else:
             types[name] = kernels.in_use()
     return KernelsReport(in_use=kernels.in_use(), why_off=kernels.why_off(), types=types)

@@ -253,8 +253,8 @@ MUTANTS = [
     Mutant(
         "the second half of a block has the first one's scale",
         "native/kernels/product.h",
-        "L::load(panel.scale[i * groups + g])",
-        "L::load(panel.scale[i * groups])",
+        "L::mul(scale, L::load(panel.scale[i * groups + g]))",
+        "L::mul(scale, L::load(panel.scale[i * groups]))",
         (f"{KERNELS}::test_products_of_any_size[Q6_K]",),
     ),
     Mutant(
