@@ -7,6 +7,7 @@
 # make mutants breaks the implementation on purpose, line by line, and sees whether the tests notice
 # make asan    the kernels' check program under AddressSanitizer and UndefinedBehaviorSanitizer
 # make arm     the same program for 64-bit ARM, under an emulator (g++-aarch64-linux-gnu and qemu-user)
+# make old-cpu the same program for x86-64 of any age, under an emulator: with AVX2, and without (qemu-user)
 # make soak    a thousand forks, joins and generations in one process: memory must stay where it is
 # make bench   time to first token, cache against text, and what bounds it (pyps bench)
 # make bench-slots   what it saves to join branches from a file
@@ -43,7 +44,7 @@ SOURCES := $(wildcard native/*.cpp native/*.h native/*/*.cpp native/*/*.h)
 
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_FIND_LINKS="$(WHEELS) $(PIP_FIND_LINKS)" $(BIN)/python -m pip
 
-.PHONY: demo test lint fix docs exact mutants asan arm soak bench bench-slots bench-compare adapter clean
+.PHONY: demo test lint fix docs exact mutants asan arm old-cpu soak bench bench-slots bench-compare adapter clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -79,28 +80,41 @@ mutants: $(VENV)/installed-test
 	PIP_FIND_LINKS="$(WHEELS) $(PIP_FIND_LINKS)" $(BIN)/python tests/support/mutants.py
 
 # the headers that CMakeLists.txt has fetched, and the libraries that llama_cpp loads
-HEADERS = $(firstword $(wildcard build/*/llama_cpp_python-$(LLAMA)/vendor/llama.cpp))
+HEADERS   = $(firstword $(wildcard build/*/llama_cpp_python-$(LLAMA)/vendor/llama.cpp))
 LIBRARIES = $(firstword $(wildcard $(VENV)/lib/python*/site-packages/llama_cpp/lib))
 
-asan: $(VENV)/installed
+asan: $(VENV)/installed | tool-cmake
 	cmake -S native/check -B build/asan -DCMAKE_BUILD_TYPE=Debug -DLLAMA_CPP_DIR="$(abspath $(HEADERS))" \
 	  -DLLAMA_CPP_LIB="$(abspath $(LIBRARIES))" \
 	  -DCMAKE_CXX_FLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 	cmake --build build/asan --parallel 2
 	build/asan/check
 
-build/source: | $(VENV)/installed
-	$(PIP) download --quiet --no-deps --no-binary :all: --dest build llama-cpp-python==$(LLAMA)
-	mkdir -p $@
-	tar xzf build/llama_cpp_python-$(LLAMA).tar.gz --strip-components 1 -C $@
+# for another CPU than this one, ggml is compiled as well
+GGML  := build/llama.cpp-$(LLAMA)
+CHECK := -S native/check -DCMAKE_BUILD_TYPE=Release -DLLAMA_CPP_DIR="$(abspath $(GGML))"
 
-arm: | build/source
-	@which aarch64-linux-gnu-g++ qemu-aarch64 >/dev/null || { echo "this needs the packages g++-aarch64-linux-gnu and qemu-user"; exit 2; }
-	cmake -S native/check -B build/arm -DCMAKE_BUILD_TYPE=Release -DCMAKE_SYSTEM_NAME=Linux \
-	  -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc \
-	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DLLAMA_CPP_DIR="$(abspath build/source/vendor/llama.cpp)"
+arm: | tool-cmake tool-aarch64-linux-gnu-g++ tool-qemu-aarch64 $(GGML)
+	cmake $(CHECK) -B build/arm -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
 	cmake --build build/arm --parallel 2
-	qemu-aarch64 build/arm/check
+	qemu-aarch64 build/arm/check none
+
+old-cpu: | tool-cmake tool-qemu-x86_64 $(GGML)
+	cmake $(CHECK) -B build/old-cpu
+	cmake --build build/old-cpu --parallel 2
+	qemu-x86_64 -cpu Nehalem build/old-cpu/check none
+	qemu-x86_64 -cpu Haswell build/old-cpu/check avx2
+
+$(GGML): | $(VENV)/pip
+	rm -rf build/sdist
+	$(PIP) download --quiet --no-deps --no-binary llama-cpp-python --dest build/sdist llama-cpp-python==$(LLAMA)
+	tar -xzf build/sdist/*.tar.gz -C build/sdist
+	mv build/sdist/llama_cpp_python-$(LLAMA)/vendor/llama.cpp $@
+	rm -rf build/sdist
+
+tool-%:
+	@command -v $* >/dev/null || { echo "$* is missing: Debian has cmake, g++-aarch64-linux-gnu and qemu-user"; exit 2; }
 
 soak: $(VENV)/installed-test
 	$(BIN)/python benchmarks/soak.py
@@ -149,7 +163,7 @@ $(WHEELS)/built: | $(VENV)/pip
 	rmdir $(WHEELS)/new
 	touch $@
 
-$(VENV)/installed: pyproject.toml CMakeLists.txt $(SOURCES) | $(WHEELS)/built
+$(VENV)/installed: pyproject.toml CMakeLists.txt native/kernels/kernels.cmake $(filter-out native/check/%,$(SOURCES)) | $(WHEELS)/built
 	$(PIP) install --quiet --editable .
 	touch $@
 

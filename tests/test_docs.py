@@ -30,6 +30,7 @@ PAGES = {
     "doctor": "",
     "eval": " --limit 1 --max-tokens 8",
     "bench": " --branches 2 --tokens 8 --prompt 4 --task 4 --repeat 1",
+    "kernels": " --branches 2 --tokens 8 --prompt 4 --task 4 --repeat 1",
 }
 # test_train.py runs train.md, test_conversions runs convert.md; install.md would need a build
 OTHER_PAGES = {"train", "convert", "install"}
@@ -77,7 +78,7 @@ def test_commands(page: str, tmp_path: Path) -> None:
     for line in commands.splitlines():
         line = line.replace("pyps ", f"{shlex.quote(sys.executable)} -m pyps.cli ", 1)
         line = re.sub(r" {2,}#.*", "", line).replace("--shape 1b", f"--model {tiny}")  # that one needs a gigabyte
-        shortened = page if page in ("eval", "bench") else "run"
+        shortened = {"eval": "eval", "bench": "bench", "kernels": "bench"}.get(page, "run")
         if f"pyps.cli {shortened} " in f"{line} " and "--list" not in line:
             line += PAGES[page]
         process = subprocess.run(
