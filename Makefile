@@ -11,6 +11,7 @@
 # make soak    a thousand forks, joins and generations in one process: memory must stay where it is
 # make bench   time to first token, cache against text, and what bounds it (pyps bench)
 # make bench-slots   what it saves to join branches from a file
+# make bench-server  the whole job against llama.cpp's own server, which it builds first (four minutes on two cores)
 # make bench-compare REF=COMMIT   the same of an earlier commit and of this one, in turn
 # make adapter trains the adapter that comes with pyps (models/): three hours on two cores, resumable
 # make clean   remove .venv and build
@@ -44,7 +45,7 @@ SOURCES := $(wildcard native/*.cpp native/*.h native/*/*.cpp native/*/*.h)
 
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_FIND_LINKS="$(WHEELS) $(PIP_FIND_LINKS)" $(BIN)/python -m pip
 
-.PHONY: demo test lint fix docs exact mutants asan arm old-cpu soak bench bench-slots bench-compare adapter clean
+.PHONY: demo test lint fix docs exact mutants asan arm old-cpu soak bench bench-slots bench-server bench-compare adapter clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -126,6 +127,18 @@ bench: $(VENV)/installed-test
 bench-slots: $(VENV)/installed-test
 	$(BIN)/python benchmarks/slots.py
 
+SERVER := build/server-$(LLAMA)
+
+bench-server: $(VENV)/installed-test | $(SERVER)/bin/llama-server
+	$(BIN)/python benchmarks/server.py $(SERVER)/bin/llama-server
+
+# compiled as the wheel is; without its web pages, which it would fetch, and without TLS
+$(SERVER)/bin/llama-server: | tool-cmake $(GGML)
+	$(BUILD) cmake -S $(GGML) -B $(SERVER) -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_SERVER=ON -DLLAMA_BUILD_TESTS=OFF \
+	  -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
+	  -DLLAMA_OPENSSL=OFF $(CMAKE_ARGS)
+	cmake --build $(SERVER) --target llama-server --parallel $$(getconf _NPROCESSORS_ONLN)
+
 bench-compare: $(VENV)/installed-test
 	@test -n "$(REF)" || { echo "say what to compare with: make bench-compare REF=COMMIT"; exit 2; }
 	rm -rf build/compare
@@ -163,7 +176,8 @@ $(WHEELS)/built: | $(VENV)/pip
 	rmdir $(WHEELS)/new
 	touch $@
 
-$(VENV)/installed: pyproject.toml CMakeLists.txt native/kernels/kernels.cmake $(filter-out native/check/%,$(SOURCES)) | $(WHEELS)/built
+$(VENV)/installed: pyproject.toml CMakeLists.txt native/kernels/kernels.cmake $(filter-out native/check/%,$(SOURCES)) \
+  | $(WHEELS)/built
 	$(PIP) install --quiet --editable .
 	touch $@
 

@@ -555,7 +555,7 @@ void check_all(const std::vector<std::string> & wanted) {
 
     for (const std::string & type_name : types_here) {
         const ggml_type          type  = type_of(type_name);
-        std::vector<ProductCase> cases = product_cases(random, type, true, here.empty() ? 4 : 12);
+        std::vector<ProductCase> cases = product_cases(random, type, true, here.empty() ? 4 : 24);
         if (!here.empty()) {  // more columns than are multiplied at once
             cases.emplace_back(random, type, true, 17, ggml_blck_size(type), std::array<int64_t, 3>{ 513, 1, 1 }, false,
                                false, 3);
@@ -588,7 +588,7 @@ void check_all(const std::vector<std::string> & wanted) {
         }
     }
 
-    const std::vector<AttentionCase> attentions = attention_cases(random, here.empty() ? 4 : 50);
+    const std::vector<AttentionCase> attentions = attention_cases(random, here.empty() ? 4 : 100);
     for (const std::string & name : here) {
         use_and_count(name, attentions.size(), "attentions", [&] {
             for (const AttentionCase & c : attentions) {

@@ -20,10 +20,12 @@ A row of the page has the worst of all models, with and without a LoRA. A row of
 of all combinations of a unified cache or streams, a prefix or none, branches of equal or unequal length, and a mapper
 or none (of a quarter of them for smollm2). `cache` is the type of K and V, or the types of K/V.
 
-A bound is twice the error, and four times the KL, of the worst of eight sequences in the same kind of cache without
-any join, read in batches of the same sizes, and 1e-5 (1e-10 for the KL) more. `of its bound` is the greatest share of
-a bound that any row reaches: the test fails above 100 %. In f32 and without flash attention, the errors are those of
-gemma3, which is 1e-4 off with a join and without: llama.cpp looks its GELU up in a table of half-precision numbers.
+A bound is twice the error, and four times the KL, of the worst of sixteen sequences, eight with the LoRA, in the same
+kind of cache without any join, read in batches of the same sizes by llama.cpp's own kernels, and 1e-5 (1e-10 for the
+KL) more. `of its bound` is the greatest share of a bound that any row reaches: the test fails above 100 %. In f32 and
+without flash attention, the errors are those of gemma3, which is 1e-4 off with a join and without: llama.cpp looks its
+GELU up in a table of half-precision numbers. Everything but the bounds is computed with the [kernels](kernels.md) that
+this machine uses.
 """
 
 
