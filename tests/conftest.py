@@ -25,6 +25,13 @@ def kernels_off() -> Iterator[None]:
     kernels.use(in_use)
 
 
+@pytest.fixture(params=["ours", "off"])
+def either_kernels(request: pytest.FixtureRequest) -> None:
+    """Our kernels and llama.cpp's own: with those a context has no flash attention, and V lies transposed in it."""
+    if request.param == "off":
+        request.getfixturevalue("kernels_off")
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     return find_model("smollm2")

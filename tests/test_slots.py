@@ -55,6 +55,7 @@ def test_a_file_joins_as_the_branches_themselves_do(smollm2_path: Path, tmp_path
     assert process.stdout == result.answer
 
 
+@pytest.mark.usefixtures("either_kernels")
 @pytest.mark.parametrize(
     ("arch", "kv_type"),
     [("llama", "f16"), ("gemma3", "f16"), ("smollm3", "f32"), ("phi3", "f16"), ("gemma3", "f32"),

@@ -32,8 +32,9 @@ from pyps.forkjoin.request import Request
 from pyps.forkjoin.synthesis import ContextOptions
 from pyps.measure.reports import JobRow, Median, StepRow
 
-_TASK = "A small town by the sea wants to use its old harbour for something new. What should it do?"
-_BRANCHES = ("Think of the people who live there.", "Think of the money.", "Think of the sea.", "Think of the winter.")
+# the job, which benchmarks/server.py does as well
+TASK = "A small town by the sea wants to use its old harbour for something new. What should it do?"
+BRANCHES = ("Think of the people who live there.", "Think of the money.", "Think of the sea.", "Think of the winter.")
 _SEQUENCES = (1, 2, 4, 8, 16)
 _CELLS = 256  # of each sequence
 _STEPS = 4  # that are timed together
@@ -79,8 +80,8 @@ def measure_jobs(
     for i, (branches, tokens) in enumerate(sizes):
         what = f"the whole job: {branches} x {tokens} tokens, an answer of {answer}"
         request = Request(
-            task=_TASK,
-            branches=[_BRANCHES[n % len(_BRANCHES)] for n in range(branches)],
+            task=TASK,
+            branches=[BRANCHES[n % len(BRANCHES)] for n in range(branches)],
             sampling=Sampling(max_tokens=tokens, seed=1, ignore_eos=True),
             answer=Sampling(max_tokens=answer, seed=1, ignore_eos=True),
         )

@@ -203,7 +203,7 @@ MUTANTS = [
         "native/rows.cpp",
         "        transpose(v, channels.data(), l.n_embd_v, run.n, size);",
         "        std::memcpy(v, channels.data(), channels.size());",
-        ("tests/test_slots.py::test_every_cell_survives[llama-f16]",),
+        ("tests/test_slots.py::test_every_cell_survives[off-llama-f16]",),
     ),
     Mutant(
         "the hash of a file is not looked at",
