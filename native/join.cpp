@@ -14,7 +14,8 @@ void check(const Memory &            src,
            const std::vector<Span> & spans,
            llama_seq_id              dst_seq,
            const std::vector<bool> & rotates,
-           const Coefficients &      coefficients);
+           const Coefficients &      coefficients,
+           const Correction &        correction);
 void compute(const Job &               job,
              const Memory &            memory,
              const std::vector<bool> & rotates,
@@ -28,16 +29,17 @@ uint32_t join(llama_context *           ctx_src,
               llama_seq_id              dst_seq,
               const std::vector<bool> & rotates,
               const Coefficients &      coefficients,
+              const Correction &        correction,
               std::optional<bool>       together) {
     Memory src(ctx_src);
     Memory dst(ctx_dst);
-    check(src, dst, spans, dst_seq, rotates, coefficients);
+    check(src, dst, spans, dst_seq, rotates, coefficients, correction);
     src.settle();
     dst.settle();
 
     std::vector<Job> jobs;
     for (size_t c = 0; c < src.caches().size(); ++c) {
-        jobs.push_back(plan(src.caches()[c], dst.caches()[c], spans, dst_seq, coefficients, together));
+        jobs.push_back(plan(src.caches()[c], dst.caches()[c], spans, dst_seq, coefficients, correction, together));
     }
     try {
         for (const Job & job : jobs) {
@@ -67,11 +69,16 @@ void check(const Memory &            src,
            const std::vector<Span> & spans,
            llama_seq_id              dst_seq,
            const std::vector<bool> & rotates,
-           const Coefficients &      coefficients) {
+           const Coefficients &      coefficients,
+           const Correction &        correction) {
     const size_t n_layers = src.n_layers();
     if (coefficients && (coefficients.n_spans != spans.size() || coefficients.n_layers != n_layers)) {
         throw InputError("the mapper's coefficients must be [" + std::to_string(spans.size()) + ", " +
                          std::to_string(n_layers) + ", 4], a row for each span and layer");
+    }
+    if (!correction.empty() && correction.size() != n_layers) {
+        throw InputError("the correction has " + std::to_string(correction.size()) + " layers; this model has " +
+                         std::to_string(n_layers));
     }
     if (src.model() != dst.model()) {
         throw InputError("the two contexts belong to different models: caches can only be joined within one model");
@@ -80,6 +87,14 @@ void check(const Memory &            src,
         const auto & from = src.caches()[c].layers();
         const auto & to   = dst.caches()[c].layers();
         for (size_t i = 0; i < from.size(); ++i) {
+            if (!correction.empty()) {
+                const LayerCorrection & c = correction[from[i].number];
+                if (c.k.n != (size_t) from[i].n_embd_k || c.v.n != (size_t) from[i].n_embd_v) {
+                    throw InputError("the correction of layer " + std::to_string(from[i].number) + " must have " +
+                                     std::to_string(from[i].n_embd_k) + " channels for K and " +
+                                     std::to_string(from[i].n_embd_v) + " for V");
+                }
+            }
             if (!(from[i].rope == to[i].rope)) {
                 throw InputError(
                     "the two contexts encode positions differently (RoPE base, scaling or frequency factors, which "
@@ -121,9 +136,10 @@ void compute(const Job &               job,
         ggml_context_ptr ctx = make_context(2 * graph_size, ggml_graph_overhead_custom(graph_size, /*grads*/ false));
         ggml_cgraph *    gf  = ggml_new_graph_custom(ctx.get(), graph_size, /*grads*/ false);
         for (size_t i = first; i < first + at_once; ++i) {
-            const Layer & from = job.src.layers()[i];
-            const Layer & to   = job.dst.layers()[i];
-            LayerGraph    layer(ctx.get(), gf, job, from, to, coefficients, rotates[from.number]);
+            const Layer & from       = job.src.layers()[i];
+            const Layer & to         = job.dst.layers()[i];
+            const auto *  correction = job.corrections.empty() ? nullptr : &job.corrections[i];
+            LayerGraph    layer(ctx.get(), gf, job, from, to, coefficients, correction, rotates[from.number]);
             for (const Piece & p : job.pieces) {
                 layer.move_k(p);
                 layer.move_v(p);

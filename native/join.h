@@ -13,6 +13,7 @@ namespace pyps {
 //
 // rotates:      [n_layers], whether the keys of a layer carry their position (SmolLM3's every fourth layer's do not).
 // coefficients: [n_spans, n_layers], or none for the identity.
+// correction:   [n_layers], what every channel of K and V goes through before that, or none.
 // together:     all spans and layers in one graph of few large steps, as is best where starting a step is dear (a GPU),
 //               or a graph for each layer with steps for each span; unset for what suits the place where dst lies.
 //
@@ -24,6 +25,7 @@ uint32_t join(llama_context *           src,
               llama_seq_id              dst_seq,
               const std::vector<bool> & rotates,
               const Coefficients &      coefficients,
+              const Correction &        correction,
               std::optional<bool>       together);
 
 }  // namespace pyps

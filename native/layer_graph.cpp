@@ -7,13 +7,14 @@ namespace pyps {
 
 // In all shapes n is the number of the piece's cells.
 
-LayerGraph::LayerGraph(ggml_context *       ctx,
-                       ggml_cgraph *        gf,
-                       const Job &          job,
-                       const Layer &        from,
-                       const Layer &        to,
-                       const Coefficients & coefficients,
-                       bool                 rotates) :
+LayerGraph::LayerGraph(ggml_context *            ctx,
+                       ggml_cgraph *             gf,
+                       const Job &               job,
+                       const Layer &             from,
+                       const Layer &             to,
+                       const Coefficients &      coefficients,
+                       const CorrectionTensors * correction,
+                       bool                      rotates) :
     ctx_(ctx),
     gf_(gf),
     from_(from),
@@ -21,6 +22,7 @@ LayerGraph::LayerGraph(ggml_context *       ctx,
     src_hadamards_(job.src_hadamards),
     dst_hadamards_(job.dst_hadamards),
     coefficients_(coefficients),
+    correction_(correction),
     rotates_(rotates) {}
 
 // Rows of K are cells in either cache, so one gather and one scatter serve every arrangement of cells.
@@ -29,8 +31,14 @@ void LayerGraph::move_k(const Piece & p) {
     ggml_tensor * k    = ggml_get_rows(ctx_, all_rows(from_.k), p.src_rows);  // F32 [n_embd_k, n]
     if (path != Path::stored) {
         k = hadamard(k, src_hadamards_.k);
+        if (path == Path::turned && correction_) {
+            k = turned(k, p.back);
+        }
+        if (correction_) {
+            k = corrected(k, correction_->a_k, correction_->b_k);
+        }
         if (path == Path::turned) {
-            k = turned(k, p);
+            k = turned(k, p.shift);
         }
         k = mapped(k, p, &Affine::a_k, &Affine::b_k);
         k = hadamard(k, dst_hadamards_.k);
@@ -50,13 +58,17 @@ void LayerGraph::move_v(const Piece & p) {
         v = ggml_get_rows(ctx_, all_rows(from_.v), p.src_rows);
     }
     if (p.v != Path::stored) {
-        v = hadamard(mapped_v(hadamard(v, src_hadamards_.v), p), dst_hadamards_.v);
+        v = hadamard(v, src_hadamards_.v);
+        if (correction_) {
+            v = corrected(v, correction_->a_v, correction_->b_v);
+        }
+        v = hadamard(mapped_v(v, p), dst_hadamards_.v);
     }
     store_v(p, v);
 }
 
 size_t LayerGraph::max_nodes(const Piece & p) {
-    return 64 + (p.v_runs ? 6 * p.runs.size() : 0) + 3 * p.dst_runs.size() + 4 * p.parts.size();
+    return 80 + (p.v_runs ? 6 * p.runs.size() : 0) + 3 * p.dst_runs.size() + 4 * p.parts.size();
 }
 
 // Nodes are computed in the order in which they are added.
@@ -64,19 +76,24 @@ void LayerGraph::add(ggml_tensor * t) {
     ggml_build_forward_expand(gf_, t);
 }
 
-// k: F32 [n_embd_k, n]
-ggml_tensor * LayerGraph::turned(ggml_tensor * k, const Piece & p) {
+// k: F32 [n_embd_k, n]; shift: I32 [1], by how many positions all cells turn, or [n], by how many each does.
+ggml_tensor * LayerGraph::turned(ggml_tensor * k, ggml_tensor * shift) {
     const Rope & r = from_.rope;
-    // Every cell of a span turns by the same angle: taken as heads of one token, their cos and sin are computed once.
-    const int64_t n_shifts = p.shift->ne[0];
-    const int64_t n_heads  = from_.n_embd_k / from_.head_dim * p.src.size() / n_shifts;
+    // Cells that turn by the same angle: taken as heads of one token, their cos and sin are computed once.
+    const int64_t n_shifts = shift->ne[0];
+    const int64_t n_heads  = from_.n_embd_k / from_.head_dim * k->ne[1] / n_shifts;
     ggml_tensor * heads    = ggml_reshape_3d(ctx_, k, from_.head_dim, n_heads, n_shifts);
     // With YaRN, ggml multiplies by 1 + 0.1*ln(1/freq_scale) (ggml-cpu/ops.cpp: rope_yarn). The keys carry their
     // magnitude already: this cancels it.
     const float attn_factor = r.ext_factor == 0.0f ? 1.0f : 1.0f / (1.0f + 0.1f * logf(1.0f / r.freq_scale));
-    heads = ggml_rope_ext_inplace(ctx_, heads, p.shift, r.factors, r.n_rot, r.type, r.n_ctx_orig, r.freq_base,
+    heads = ggml_rope_ext_inplace(ctx_, heads, shift, r.factors, r.n_rot, r.type, r.n_ctx_orig, r.freq_base,
                                   r.freq_scale, r.ext_factor, attn_factor, r.beta_fast, r.beta_slow);
     return ggml_reshape_2d(ctx_, heads, k->ne[0], k->ne[1]);
+}
+
+// x: F32 [n_embd, n]; a, b: F32 [n_embd]
+ggml_tensor * LayerGraph::corrected(ggml_tensor * x, ggml_tensor * a, ggml_tensor * b) {
+    return ggml_add_inplace(ctx_, ggml_mul_inplace(ctx_, x, a), b);
 }
 
 // x: F32 [n_embd, n]; every part's rows become a*x + b, with the part's own a and b.

@@ -13,6 +13,7 @@
 #include "ggml-cpp.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace pyps {
 
@@ -40,6 +41,47 @@ std::vector<Run> runs(const std::vector<Cell> & a, const std::vector<Cell> & b) 
     }
     return split;
 }
+
+namespace {
+
+// Cells of one stream, as llama.cpp wants to be told which ones a batch is to fill.
+llama_kv_cache::slot_info make_slot(const std::vector<Cell> & cells) {
+    llama_kv_cache::slot_info slot;
+    slot.resize(1);
+    slot.s0      = cells.front().stream;
+    slot.s1      = slot.s0;
+    slot.strm[0] = slot.s0;
+    for (const Cell & cell : cells) {
+        slot.idxs[0].push_back(cell.index);
+    }
+    return slot;
+}
+
+// The entries of the cells as a batch of one sequence without outputs. It points to seq.
+llama_ubatch make_ubatch(llama_seq_id & seq, const std::vector<Cell> & cells) {
+    llama_batch_allocr balloc(/*n_pos_per_embd*/ 1);
+    llama_ubatch       ubatch = balloc.ubatch_reserve(cells.size(), 1);
+    ubatch.seq_id_unq[0]      = seq;
+    ubatch.seq_idx[0]         = -1;
+    ubatch.seq_idx[seq]       = 0;
+    for (size_t i = 0; i < cells.size(); ++i) {
+        ubatch.token[i]    = cells[i].entry.token;
+        ubatch.pos[i]      = cells[i].entry.pos;
+        ubatch.n_seq_id[i] = 1;
+        ubatch.seq_id[i]   = &seq;
+    }
+    return ubatch;
+}
+
+// llama_context::n_outputs, which is private. An explicit instantiation may name it, and hands it out.
+template <auto member> struct Hands {
+    friend uint32_t & n_outputs(llama_context & ctx) { return ctx.*member; }
+};
+
+uint32_t & n_outputs(llama_context & ctx);
+template struct Hands<&llama_context::n_outputs>;
+
+}  // namespace
 
 Cache::Cache(llama_context * ctx, llama_kv_cache * kv, bool sliding) : impl_(std::make_unique<Impl>()) {
     const llama_model & model = ctx->get_model();
@@ -161,9 +203,8 @@ Reservation Cache::reserve(llama_seq_id seq, const std::vector<Entry> & entries)
         throw InputError("there is nothing to join");
     }
     if (n > n_free) {
-        throw InputError("the joined spans need " + std::to_string(n) + " cells; this context has " +
-                         std::to_string(n_free) + " free of " + std::to_string(kv_cells.size()) +
-                         ": make it larger (n_ctx)");
+        throw InputError(std::to_string(n) + " more cells are needed; this context has " + std::to_string(n_free) +
+                         " free of " + std::to_string(kv_cells.size()) + ": make it larger (n_ctx)");
     }
     Reservation reservation;
     reservation.seq = seq;
@@ -181,24 +222,19 @@ Reservation Cache::reserve(llama_seq_id seq, const std::vector<Entry> & entries)
 }
 
 void Cache::commit(const Reservation & reservation) {
-    const auto &              cells = reservation.cells;
-    llama_seq_id              seq   = reservation.seq;
-    llama_batch_allocr        balloc(/*n_pos_per_embd*/ 1);
-    llama_ubatch              ubatch = balloc.ubatch_reserve(cells.size(), 1);
-    llama_kv_cache::slot_info slot;
-    slot.resize(1);
-    slot.s0              = cells.front().stream;
-    slot.s1              = slot.s0;
-    slot.strm[0]         = slot.s0;
-    ubatch.seq_id_unq[0] = seq;
-    for (size_t i = 0; i < cells.size(); ++i) {
-        slot.idxs[0].push_back(cells[i].index);
-        ubatch.token[i]    = cells[i].entry.token;
-        ubatch.pos[i]      = cells[i].entry.pos;
-        ubatch.n_seq_id[i] = 1;
-        ubatch.seq_id[i]   = &seq;
+    llama_seq_id seq = reservation.seq;
+    impl_->kv->apply_ubatch(make_slot(reservation.cells), make_ubatch(seq, reservation.cells));
+}
+
+void Cache::release(const Reservation & reservation) {
+    // by cell: several cells of a sequence may share a position
+    auto & kv_cells = const_cast<llama_kv_cells &>(impl_->kv->get_cells(reservation.seq));
+    for (const Cell & cell : reservation.cells) {
+        if (!kv_cells.is_empty(cell.index)) {
+            kv_cells.rm(cell.index);
+        }
     }
-    impl_->kv->apply_ubatch(slot, ubatch);
+    zero(reservation);
 }
 
 void Cache::zero(const Reservation & reservation) {
@@ -270,6 +306,52 @@ std::vector<int64_t> Memory::hadamards() const {
 void Memory::settle() {
     ctx_->memory_update(false);
     ctx_->synchronize();
+}
+
+void Memory::decode(llama_seq_id seq, const std::vector<Entry> & entries) {
+    std::vector<Reservation> reservations;
+    for (const Cache & cache : caches_) {
+        reservations.push_back(cache.reserve(seq, entries));
+    }
+    // One memory context for all batches, as llama.cpp's decode has it.
+    std::vector<llama_ubatch>                           ubatches;
+    std::vector<std::vector<llama_kv_cache::slot_info>> slots(caches_.size());
+    for (size_t first = 0; first < entries.size(); first += ctx_->n_ubatch()) {
+        const size_t last = std::min(first + ctx_->n_ubatch(), entries.size());
+        for (size_t c = 0; c < caches_.size(); ++c) {
+            const auto &            all = reservations[c].cells;
+            const std::vector<Cell> cells(all.begin() + first, all.begin() + last);
+            slots[c].push_back(make_slot(cells));
+            if (c == 0) {
+                ubatches.push_back(make_ubatch(seq, cells));
+            }
+        }
+    }
+    std::unique_ptr<llama_memory_context_i> batches;
+    if (caches_.size() == 1) {
+        auto * kv = static_cast<llama_kv_cache *>(ctx_->get_memory());
+        batches   = std::make_unique<llama_kv_cache_context>(kv, slots[0], ubatches);
+    } else {
+        auto * both = static_cast<llama_kv_cache_iswa *>(ctx_->get_memory());
+        batches     = std::make_unique<llama_kv_cache_iswa_context>(both, slots[0], slots[1], ubatches);
+    }
+
+    ctx_->sched_reserve();
+    uint32_t &     outputs = n_outputs(*ctx_);
+    const uint32_t before  = std::exchange(outputs, 0);  // the graph has as many as the batch
+    ggml_status    status  = GGML_STATUS_SUCCESS;
+    do {
+        ctx_->process_ubatch(batches->get_ubatch(), LLM_GRAPH_TYPE_DEFAULT, batches.get(), status);
+    } while (status == GGML_STATUS_SUCCESS && batches->next());
+    ctx_->synchronize();
+    outputs = before;
+    if (status != GGML_STATUS_SUCCESS) {
+        for (size_t c = 0; c < caches_.size(); ++c) {
+            caches_[c].release(reservations[c]);
+        }
+        throw EngineError("the tokens could not be computed (status " + std::to_string(status) +
+                          "); the sequence is as it was");
+    }
 }
 
 void Memory::check_seq(llama_seq_id seq) const {

@@ -144,6 +144,9 @@ class Cache {
     // evicts what a cell holds, so only empty cells may come here.
     void commit(const Reservation & reservation);
 
+    // Empties reserved cells, whether they have their entries yet or not, and their data.
+    void release(const Reservation & reservation);
+
     // Overwrites the data of reserved cells with zeros: attention reads free cells too, under the mask, and a NaN that
     // is left there would spread.
     void zero(const Reservation & reservation);
@@ -176,6 +179,12 @@ class Memory {
     // Carries out what llama.cpp has queued (shifts, copies between streams) and waits for its computation. A queued
     // copy would otherwise overwrite cells that are placed after the call that queued it.
     void settle();
+
+    // Computes tokens at any positions of seq, in batches of the context's n_ubatch. Each attends to every cell of the
+    // sequence that is not behind its own position: those that were there, those of its own batch, and those of the
+    // batches before. No logits are computed. All or nothing. Needs settle(). Throws InputError without room for them,
+    // EngineError if the computation failed or was aborted.
+    void decode(llama_seq_id seq, const std::vector<Entry> & entries);
 
     // Throws InputError for a sequence that this context does not have: llama.cpp would abort.
     void check_seq(llama_seq_id seq) const;

@@ -1,5 +1,6 @@
 // The Python bindings: they convert and call, and do nothing else. Contexts and models arrive as the addresses that
 // llama_cpp's ctypes bindings hold.
+#include "decode_at.h"
 #include "errors.h"
 #include "join.h"
 #include "llama_cache.h"
@@ -25,6 +26,8 @@ using PySpan         = std::tuple<llama_seq_id, llama_pos, llama_pos, llama_pos>
 using PyCoefficients = nb::ndarray<nb::numpy, const float, nb::shape<-1, -1, 4>, nb::c_contig, nb::device::cpu>;
 using PyRows         = nb::ndarray<nb::numpy, uint8_t, nb::ndim<2>>;
 using PyConstRows    = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using PyLines        = nb::ndarray<nb::numpy, const float, nb::shape<2, -1>, nb::c_contig, nb::device::cpu>;  // a, b
+using PyCorrection   = std::vector<std::tuple<PyLines, PyLines>>;                                             // K, V
 using PyPositions    = std::vector<llama_pos>;
 
 llama_context * as_context(uintptr_t address) {
@@ -61,7 +64,13 @@ uint32_t join(uintptr_t                     src,
               llama_seq_id                  dst_seq,
               const std::vector<bool> &     rotates,
               std::optional<PyCoefficients> affine,
+              const PyCorrection &          py_correction,
               std::optional<bool>           together) {
+    const auto lines = [](const PyLines & l) { return pyps::Lines{ l.data(), l.data() + l.shape(1), l.shape(1) }; };
+    pyps::Correction correction;
+    for (const auto & [k, v] : py_correction) {
+        correction.push_back({ lines(k), lines(v) });
+    }
     std::vector<pyps::Span> spans;
     for (const auto & [seq, p0, p1, to] : py_spans) {
         spans.push_back({ seq, p0, p1, to });
@@ -73,8 +82,18 @@ uint32_t join(uintptr_t                     src,
         coefficients.n_spans  = affine->shape(0);
         coefficients.n_layers = affine->shape(1);
     }
-    return without_gil(
-        [&] { return pyps::join(as_context(src), as_context(dst), spans, dst_seq, rotates, coefficients, together); });
+    return without_gil([&] {
+        return pyps::join(as_context(src), as_context(dst), spans, dst_seq, rotates, coefficients, correction,
+                          together);
+    });
+}
+
+void decode_at(uintptr_t address, llama_seq_id seq, const std::vector<std::tuple<llama_token, llama_pos>> & tokens) {
+    std::vector<pyps::Entry> entries;
+    for (const auto & [token, pos] : tokens) {
+        entries.push_back({ pos, token });
+    }
+    without_gil([&] { pyps::decode_at(as_context(address), seq, std::move(entries)); });
 }
 
 std::tuple<PyPositions, std::vector<int64_t>, PyRows, PyRows> read_layer(uintptr_t    ctx,
@@ -172,11 +191,15 @@ NB_MODULE(_native, m) {
     m.attr("llama_cpp_version") = PYPS_LLAMA_CPP_VERSION;
 
     m.def("join", &join, "src"_a, "dst"_a, "spans"_a, "dst_seq"_a, "rotates"_a, "affine"_a = nb::none(),
-          "together"_a = nb::none(),
+          "correction"_a = PyCorrection(), "together"_a = nb::none(),
           "Place spans (seq, p0, p1, to) of context src in sequence dst_seq of dst; return the number of cells.\n\n"
           "rotates [layers]: whether RoPE turns a layer's keys. affine: float32 [spans, layers, 4], rows of\n"
-          "(a_k, b_k, a_v, b_v); None for the identity. together: whether all spans are moved at once; None for\n"
+          "(a_k, b_k, a_v, b_v); None for the identity. correction: a list of (K, V) for each layer, float32 [2,\n"
+          "channels] each, rows a and b; empty for none. together: whether all spans are moved at once; None for\n"
           "what suits the device. All or nothing.");
+    m.def("decode_at", &decode_at, "ctx"_a, "seq"_a, "tokens"_a,
+          "Compute tokens (id, position) at any positions of a sequence, without logits. All or nothing.\n\n"
+          "Each attends to what is not behind its position, joined cells and the other tokens.");
     m.def("read", &read_layer, "ctx"_a, "seq"_a, "layer"_a,
           "Return (positions [n], rows [n], K bytes [n, row], V bytes [n, row]) of a sequence in one layer.\n\n"
           "They are ordered by position; a row is stream * cells + cell.");

@@ -8,9 +8,16 @@ namespace pyps {
 namespace {
 
 void resolve(Job & job, const std::vector<Span> & spans, llama_seq_id dst_seq);
-void choose_paths(const Job & job, Piece & p, bool maps);
-void make_inputs(Job & job);
+void choose_paths(const Job & job, Piece & p, bool maps, bool corrects);
+void make_inputs(Job & job, const Correction & correction);
 void fill_inputs(const Job & job, const Piece & p);
+
+// From so many spans on, moving them one by one costs more than turning every cell by an angle of its own.
+constexpr size_t many_spans = 32;
+
+bool in_rows(const Cache & cache) {
+    return !cache.v_transposed();
+}
 
 bool on_host(const Cache & cache) {
     const auto & layers = cache.layers();
@@ -25,14 +32,15 @@ Job plan(const Cache &             src,
          const std::vector<Span> & spans,
          llama_seq_id              dst_seq,
          const Coefficients &      coefficients,
+         const Correction &        correction,
          std::optional<bool>       together) {
     Job job(src, dst);
-    job.one_graph = together.value_or(!on_host(dst));
+    job.one_graph = together.value_or(!on_host(dst) || (spans.size() > many_spans && in_rows(src) && in_rows(dst)));
     resolve(job, spans, dst_seq);
     for (Piece & p : job.pieces) {
-        choose_paths(job, p, (bool) coefficients);
+        choose_paths(job, p, (bool) coefficients, !correction.empty());
     }
-    make_inputs(job);
+    make_inputs(job, correction);
     return job;
 }
 
@@ -78,20 +86,21 @@ void resolve(Job & job, const std::vector<Span> & spans, llama_seq_id dst_seq) {
     }
 }
 
-// maps: whether there are coefficients.
-void choose_paths(const Job & job, Piece & p, bool maps) {
+// maps: whether there are coefficients; corrects: whether there is a correction.
+void choose_paths(const Job & job, Piece & p, bool maps, bool corrects) {
     const bool moves = std::any_of(p.parts.begin(), p.parts.end(), [](const Part & x) { return x.delta != 0; });
     // What is neither turned nor mapped may stay in the Hadamard domain if it goes to a cache of the same.
-    const bool k_plain = maps || job.src.k_hadamard() != job.dst.k_hadamard();
-    const bool v_plain = maps || job.src.v_hadamard() != job.dst.v_hadamard();
+    const bool changes = maps || corrects;
+    const bool k_plain = changes || job.src.k_hadamard() != job.dst.k_hadamard();
+    const bool v_plain = changes || job.src.v_hadamard() != job.dst.v_hadamard();
 
     p.k_still = k_plain ? Path::plain : Path::stored;
-    p.k       = moves ? Path::turned : p.k_still;
+    p.k       = moves || corrects ? Path::turned : p.k_still;
     p.v       = v_plain ? Path::plain : Path::stored;
 
     // A piece in more runs than this is moved row by row: in a unified cache, branches in lock step alternate cells.
     constexpr size_t max_runs = 32;
-    p.v_runs                  = job.src.v_transposed() && job.dst.v_transposed() && p.runs.size() <= max_runs;
+    p.v_runs = job.src.v_transposed() && job.dst.v_transposed() && p.runs.size() <= max_runs && !corrects;
 }
 
 Hadamards make_hadamards(ggml_context * ctx, const Cache & cache) {
@@ -113,26 +122,45 @@ void fill_hadamards(const Hadamards & h, const Cache & cache) {
     }
 }
 
-// Makes the index tensors and matrices of a job, in host memory. The graph of every layer reads the same ones.
-void make_inputs(Job & job) {
-    constexpr size_t tensors_per_piece = 4;
+// Makes the index tensors and matrices of a job, which the graph of every layer reads, and the lines of each layer; in
+// host memory.
+void make_inputs(Job & job, const Correction & correction) {
+    constexpr size_t tensors_per_piece = 5;
     constexpr size_t matrices          = 4;
-    job.inputs_ctx                     = make_context(tensors_per_piece * job.pieces.size() + matrices);
+    const size_t     lines             = correction.empty() ? 0 : 4 * job.src.layers().size();
+    job.inputs_ctx                     = make_context(tensors_per_piece * job.pieces.size() + matrices + lines);
     ggml_context * ctx                 = job.inputs_ctx.get();
     for (Piece & p : job.pieces) {
         const int64_t n = p.src.size();
         p.src_rows      = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
         p.dst_rows      = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n);
-        p.shift         = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, p.parts.size() == 1 ? 1 : n);
+        p.shift         = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, p.parts.size() == 1 && correction.empty() ? 1 : n);
+        if (!correction.empty()) {
+            p.back = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
+        }
         if (job.src.v_transposed() && !p.v_runs) {
             p.src_rel = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
         }
+    }
+    for (size_t i = 0; i < job.src.layers().size() && !correction.empty(); ++i) {
+        const LayerCorrection & c = correction[job.src.layers()[i].number];
+        job.corrections.push_back(
+            { ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.k.n), ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.k.n),
+              ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.v.n), ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.v.n) });
     }
     job.src_hadamards = make_hadamards(ctx, job.src);
     job.dst_hadamards = make_hadamards(ctx, job.dst);
     job.inputs.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_backend_cpu_buffer_type()));
     if (!job.inputs) {
         throw std::bad_alloc();
+    }
+    for (size_t i = 0; i < job.corrections.size(); ++i) {
+        const LayerCorrection &   c = correction[job.src.layers()[i].number];
+        const CorrectionTensors & t = job.corrections[i];
+        ggml_backend_tensor_set(t.a_k, c.k.a, 0, ggml_nbytes(t.a_k));
+        ggml_backend_tensor_set(t.b_k, c.k.b, 0, ggml_nbytes(t.b_k));
+        ggml_backend_tensor_set(t.a_v, c.v.a, 0, ggml_nbytes(t.a_v));
+        ggml_backend_tensor_set(t.b_v, c.v.b, 0, ggml_nbytes(t.b_v));
     }
     fill_hadamards(job.src_hadamards, job.src);
     fill_hadamards(job.dst_hadamards, job.dst);
@@ -151,8 +179,17 @@ void fill_inputs(const Job & job, const Piece & p) {
     for (const Cell & c : p.dst) {
         dst_rows.push_back(job.dst.row(c));
     }
-    for (const Part & part : p.parts) {
-        shift.insert(shift.end(), part.n_cells, part.delta);
+    if (p.back) {
+        std::vector<int32_t> back;
+        for (size_t i = 0; i < p.src.size(); ++i) {
+            back.push_back(-p.src[i].entry.pos);
+            shift.push_back(p.dst[i].entry.pos);
+        }
+        ggml_backend_tensor_set(p.back, back.data(), 0, ggml_nbytes(p.back));
+    } else {
+        for (const Part & part : p.parts) {
+            shift.insert(shift.end(), part.n_cells, part.delta);
+        }
     }
     ggml_backend_tensor_set(p.src_rows, src_rows.data(), 0, ggml_nbytes(p.src_rows));
     ggml_backend_tensor_set(p.dst_rows, dst_rows.data(), 0, ggml_nbytes(p.dst_rows));

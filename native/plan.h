@@ -37,15 +37,32 @@ struct Coefficients {
     const Affine & at(size_t span, size_t layer) const { return data[span * n_layers + layer]; }
 };
 
+// A line for each channel: x <- a*x + b. The caller owns the data.
+struct Lines {
+    const float * a = nullptr;  // [n]
+    const float * b = nullptr;  // [n]
+    size_t        n = 0;
+};
+
+// What is done to one layer of every span, channel by channel; to K where it would be at position 0.
+struct LayerCorrection {
+    Lines k;
+    Lines v;
+};
+
+// The correction of every layer with K and V [n_layers], or none.
+using Correction = std::vector<LayerCorrection>;
+
 // What K or V goes through on its way from one cache to the other:
 //
-//            leaves src's        is turned    is mapped    enters dst's
-//            Hadamard domain     by RoPE                   Hadamard domain
-//   stored        no                no            no            no
-//   plain         yes               no            yes           yes
-//   turned        yes               yes           yes           yes
+//            leaves src's        is turned    is corrected,    enters dst's
+//            Hadamard domain     by RoPE      is mapped        Hadamard domain
+//   stored        no                no            no               no
+//   plain         yes               no            yes              yes
+//   turned        yes               yes           yes              yes
 //
-// "Mapped" depends on whether there are coefficients, a Hadamard domain on whether the cache has one.
+// "Corrected" depends on whether there is a correction, "mapped" on whether there are coefficients, a Hadamard domain on
+// whether the cache has one. With a correction, K is turned back to position 0, corrected there, and turned again.
 enum class Path { stored, plain, turned };
 
 // One span among the cells of a piece.
@@ -72,13 +89,23 @@ struct Piece {
     ggml_tensor * src_rows = nullptr;  // I32 [n], Cache::row of each cell
     ggml_tensor * dst_rows = nullptr;  // I64 [n]
     ggml_tensor * shift    = nullptr;  // I32 [1], the delta of the only part; or [n], of each cell
-    ggml_tensor * src_rel  = nullptr;  // I32 [n], cell - lowest cell; null unless V is gathered from transposed storage
+    ggml_tensor * back = nullptr;  // I32 [n], from each cell's position to 0; null without a correction. `shift` then
+                                   // leads from 0 to its new position
+    ggml_tensor * src_rel = nullptr;  // I32 [n], cell - lowest cell; null unless V is gathered from transposed storage
 };
 
 // Hadamard matrices F32 [n, n] of quantised caches (see Cache::k_hadamard), or null.
 struct Hadamards {
     ggml_tensor * k = nullptr;
     ggml_tensor * v = nullptr;
+};
+
+// A LayerCorrection on its way into a graph: F32 [n_embd].
+struct CorrectionTensors {
+    ggml_tensor * a_k = nullptr;
+    ggml_tensor * b_k = nullptr;
+    ggml_tensor * a_v = nullptr;
+    ggml_tensor * b_v = nullptr;
 };
 
 // What a join does in one pair of caches. A model with sliding windows has two pairs, each with cells of its own.
@@ -90,6 +117,8 @@ struct Job {
     std::vector<Piece> pieces;
     Reservation        reservation;
     bool               one_graph = false;  // for all layers, as is better on a GPU
+
+    std::vector<CorrectionTensors> corrections;  // of each layer of src, or none
 
     Hadamards               src_hadamards;
     Hadamards               dst_hadamards;
@@ -104,6 +133,7 @@ Job plan(const Cache &             src,
          const std::vector<Span> & spans,
          llama_seq_id              dst_seq,
          const Coefficients &      coefficients,
+         const Correction &        correction,
          std::optional<bool>       together);
 
 // A ggml context for so many tensors without data, and so many other bytes.

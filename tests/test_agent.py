@@ -82,7 +82,7 @@ def test_one_answers_one_fails_one_is_late(smollm2_path: Path) -> None:
         Branch("Wait.", tools=(slow,), limits=replace(ONE_CALL, seconds=0.2)),
         Branch("What is 2 + 2?"),
     ]
-    with ForkJoin.from_pretrained(str(smollm2_path)) as fj:
+    with ForkJoin.from_pretrained(str(smollm2_path), read=0) as fj:
         events = list(fj.stream(TASK, branches, sampling=GREEDY))
     result = result_of(events)
     assert {e.branch for e in events if isinstance(e, ToolCalled)} == {0, 1, 2}
@@ -110,7 +110,7 @@ def test_others_decode_while_a_call_runs(tiny_path: Path) -> None:
 
     sampling = Sampling(temperature=0, max_tokens=40, ignore_eos=True)
     branches = [Branch("a", tools=(wait,), limits=ONE_CALL), Branch("b")]
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj:
+    with ForkJoin.from_pretrained(str(tiny_path), read=0) as fj:
         events: list[Event] = []
         for event in fj.stream(TASK, branches, sampling=sampling):
             events.append(event)
@@ -122,7 +122,7 @@ def test_others_decode_while_a_call_runs(tiny_path: Path) -> None:
 
 def test_a_model_of_random_weights_calls_correctly(tiny_path: Path) -> None:
     """What it writes is noise; the grammar makes calls of it."""
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj:
+    with ForkJoin.from_pretrained(str(tiny_path), read=0) as fj:
         sampling = Sampling(temperature=1, seed=7, max_tokens=8)
         tools = (pick, toss)
         limits = Limits(min_calls=2, max_calls=3, result_tokens=8)
@@ -140,7 +140,7 @@ def test_what_is_joined(tiny_path: Path, joined: str) -> None:
     sampling = Sampling(temperature=1, seed=3, max_tokens=12, ignore_eos=True)
     limits = Limits(min_calls=1, max_calls=1, result_tokens=6)
     branch = Branch("Go", tools=(capital,), limits=limits, joined=joined)  # type: ignore[arg-type]
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj, fj.fork(TASK, [branch], sampling=sampling) as forked:
+    with ForkJoin.from_pretrained(str(tiny_path), read=0) as fj, fj.fork(TASK, [branch], sampling=sampling) as forked:
         (cached,) = forked.cached
         n_spans = {"final": 1, "generated": 2, "everything": 1}[joined]
         assert len(cached.spans) == n_spans
@@ -173,7 +173,7 @@ def test_what_is_joined(tiny_path: Path, joined: str) -> None:
 def test_without_tools_it_is_lock_step_generation(tiny_path: Path) -> None:
     """An agent without tools, beside one with: the tokens that plain generation gives."""
     sampling = Sampling(seed=5, max_tokens=20, stop=("e",))
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj:
+    with ForkJoin.from_pretrained(str(tiny_path), read=0) as fj:
         plain = fj.run(TASK, ["a", "b"], sampling=sampling)
         mixed = fj.run(TASK, ["a", "b", Branch("c", tools=(capital,), limits=ONE_CALL)], sampling=sampling)
         assert mixed.branches[:2] == plain.branches
@@ -197,7 +197,7 @@ def test_tool_results_stay_data(smollm2_path: Path) -> None:
         return Branch("Go", tools=(of,), limits=Limits(min_calls=1, max_calls=1, result_tokens=60), joined="everything")
 
     branches = [branch(short), branch(long)]
-    with ForkJoin.from_pretrained(str(smollm2_path)) as fj, fj.fork(TASK, branches, sampling=GREEDY) as forked:
+    with ForkJoin.from_pretrained(str(smollm2_path), read=0) as fj, fj.fork(TASK, branches, sampling=GREEDY) as forked:
         (start,), (end,) = fj.model.tokenize("<|im_start|>"), fj.model.tokenize("<|im_end|>")
         for cached in forked.cached:
             # of the user's turn with the tool's result, then of the answer's; and what ends the two turns before
@@ -212,7 +212,7 @@ def test_stopped_in_a_call(tiny_path: Path) -> None:
     events: list[Event] = []
     branches = [Branch("a", tools=(slow,), limits=ONE_CALL), Branch("b")]
     sampling = Sampling(temperature=0, max_tokens=2000 // 4, ignore_eos=True)
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj:
+    with ForkJoin.from_pretrained(str(tiny_path), read=0) as fj:
         for event in fj.stream(TASK, branches, sampling=sampling, stopped=lambda: len(events) > 60):
             events.append(event)
         result = result_of(events)
@@ -229,7 +229,7 @@ def test_refused(tiny_path: Path) -> None:
     for values, message in mistakes:
         with pytest.raises(InputError, match=message):
             Limits(**values)
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj:
+    with ForkJoin.from_pretrained(str(tiny_path), read=0) as fj:
         many = Branch("a", tools=(capital,), limits=Limits(max_calls=100))
         with pytest.raises(InputError, match="a branch may need"):
             fj.run(TASK, [many])
@@ -241,7 +241,7 @@ def test_a_grammar_is_followed(smollm2_path: Path, tiny_path: Path) -> None:
     schema = {"type": "object", "properties": {"age": {"type": "integer"}, "ok": {"type": "boolean"}},
               "required": ["age", "ok"]}  # fmt: skip
     for path in (smollm2_path, tiny_path):
-        with ForkJoin.from_pretrained(str(path)) as fj:
+        with ForkJoin.from_pretrained(str(path), read=0) as fj:
             sampling = Sampling(
                 temperature=1, seed=2, max_tokens=60, repeat_penalty=1, grammar=Sampling.grammar_of(schema)
             )
@@ -254,7 +254,7 @@ def test_a_grammar_is_followed(smollm2_path: Path, tiny_path: Path) -> None:
 
 def test_a_grammar_that_no_token_fits(tiny_path: Path) -> None:
     """llama.cpp would abort the process."""
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj:
+    with ForkJoin.from_pretrained(str(tiny_path), read=0) as fj:
         for character in ("\\U0010FFFE", "\\x01"):
             refusal = ""
             try:
@@ -276,14 +276,14 @@ def test_choices() -> None:
 
 
 def test_generation_still_needs_no_tools(tiny_path: Path) -> None:
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj, Context(fj.model, 256) as ctx:
+    with ForkJoin.from_pretrained(str(tiny_path), read=0) as fj, Context(fj.model, 256) as ctx:
         g = Generation(ctx, 0, [1, 2, 3], GREEDY)
         assert [text for _, text in generate(ctx, [g])]
 
 
 def test_the_synthesizer_calls_too(tiny_path: Path) -> None:
     """In front of the joined caches; and again from the texts."""
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj:
+    with ForkJoin.from_pretrained(str(tiny_path), read=0) as fj:
         options: dict[str, Any] = {"sampling": GREEDY, "tools": [toss], "limits": ONE_CALL}
         events = list(fj.stream(TASK, ["a", "b"], compare=True, **options))
         result = result_of(events)

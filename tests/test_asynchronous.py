@@ -27,7 +27,7 @@ def test_async_versions_give_the_same(tiny_path: Path) -> None:
         with pytest.raises(InputError, match="no branches"):
             await asynchronous.run("Go")
 
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj:
+    with ForkJoin.from_pretrained(str(tiny_path), read=0) as fj:
         asyncio.run(together(fj))
 
 
@@ -57,5 +57,5 @@ def test_async_cancelled(smollm2_path: Path) -> None:
                 ctx.synchronize()
         assert (await asynchronous.generate(["Go"], sampling=Sampling(max_tokens=2)))[0].tokens <= 2
 
-    with ForkJoin.from_pretrained(str(smollm2_path)) as fj:
+    with ForkJoin.from_pretrained(str(smollm2_path), read=0) as fj:
         asyncio.run(cancel(fj))

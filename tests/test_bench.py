@@ -15,6 +15,7 @@ from pyps.engine.context import cell_bytes
 from pyps.engine.model import Model
 from pyps.errors import InputError
 from pyps.forkjoin import synthesis
+from pyps.forkjoin.reading import JOIN_ONLY
 from pyps.forkjoin.synthesis import ContextOptions
 from pyps.measure.bench import Case, _Sides, measure
 from pyps.measure.bounds import Rates, least_ms, measure_rates
@@ -31,7 +32,7 @@ def test_what_is_timed_is_what_a_run_does(tiny: Model, tmp_path: Path, layout: s
     """After a round, the sides hold the cells they should, and cache and floor have seen the same."""
     adapter = Adapter(write_adapter(tmp_path / "a.gguf", mapper=mapper_metadata(1)), tiny)
     case = Case(branches=3, tokens=8, prompt=5, task=6)
-    with _Sides(tiny, adapter, layout, case, F32) as sides:
+    with _Sides(tiny, adapter, layout, case, F32, JOIN_ONLY) as sides:
         tokens: list[int] = []
         logits = []
         first_token = sides._first_token
@@ -65,7 +66,7 @@ def test_a_long_prompt_is_read_apart(tiny: Model, monkeypatch: pytest.MonkeyPatc
     seen = []
     for least in (4, 1000):
         monkeypatch.setattr(synthesis, "_LONG_PROMPT", least)
-        with _Sides(tiny, None, "paper", Case(2, 8, 4, 6), F32) as sides:
+        with _Sides(tiny, None, "paper", Case(2, 8, 4, 6), F32, JOIN_ONLY) as sides:
             assert (sides.synthesizer.reader is sides.synthesizer.decoder) == (least == 1000)
             sides.step(keep=True)
             assert sides.synthesizer.decoder.end(0) == 8 + 6 + 4
@@ -104,7 +105,7 @@ def test_bounds(tiny: Model, tiny_path: Path) -> None:
 
 def test_k_shift_and_join_agree(tiny: Model) -> None:
     """Without an adapter llama.cpp's own pieces give the same logits: the comparison is of like with like."""
-    with _Sides(tiny, None, "shared", Case(2, 8, 4, 6), F32) as sides:
+    with _Sides(tiny, None, "shared", Case(2, 8, 4, 6), F32, JOIN_ONLY) as sides:
         seen = []
         first_token = sides._first_token
 

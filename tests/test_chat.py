@@ -16,7 +16,7 @@ GREEDY = Sampling(temperature=0, repeat_penalty=1, max_tokens=12, ignore_eos=Tru
 
 def test_it_goes_on_in_front_of_the_same_cells(tiny_path: Path) -> None:
     """Each answer is what a context gives that has the same cells and reads the same tokens."""
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj, fj.fork("Go", ["a", "b"], sampling=GREEDY) as branches:
+    with ForkJoin.from_pretrained(str(tiny_path), read=0) as fj, fj.fork("Go", ["a", "b"], sampling=GREEDY) as branches:
         result = fj.run("Go", join=branches, sampling=GREEDY, keep=True, room=500)
         assert result.kept is not None
         with result.kept:
@@ -50,7 +50,7 @@ def test_with_tools(smollm2_path: Path) -> None:
         """The time."""
         return "It is noon."
 
-    with ForkJoin.from_pretrained(str(smollm2_path)) as fj:
+    with ForkJoin.from_pretrained(str(smollm2_path), read=0) as fj:
         result = fj.run("Talk.", ["a", "b"], sampling=Sampling(temperature=0, max_tokens=8), keep=True, room=1000)
         assert result.kept is not None
         chat = Chat(fj, result.kept, [clock], Limits(min_calls=1, max_calls=1, result_tokens=32))
@@ -63,7 +63,7 @@ def test_with_tools(smollm2_path: Path) -> None:
 
 
 def test_no_room(tiny_path: Path) -> None:
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj:
+    with ForkJoin.from_pretrained(str(tiny_path), read=0) as fj:
         result = fj.run("Go", ["a"], sampling=GREEDY, keep=True)
         assert result.kept is not None
         with result.kept, pytest.raises(InputError, match="the chat is full"):

@@ -42,7 +42,7 @@ GREEDY = Sampling(temperature=0, max_tokens=40)
 
 @pytest.fixture(scope="module")
 def fj(smollm2_path: Path) -> Iterator[ForkJoin]:
-    with ForkJoin.from_pretrained(str(smollm2_path)) as fj:
+    with ForkJoin.from_pretrained(str(smollm2_path), read=0) as fj:
         yield fj
 
 
@@ -134,7 +134,7 @@ def test_the_text_baseline_reads_exactly_its_prompt(fj: ForkJoin) -> None:
 @pytest.mark.parametrize("layout", ["shared", "paper"])
 def test_the_synthesizer_reads_what_the_layout_says(fj: ForkJoin, layout: str) -> None:
     """The first answer token, against the same cells placed by hand."""
-    with_layout = ForkJoin(fj.model, layout=layout)  # not closed: the model is the fixture's
+    with_layout = ForkJoin(fj.model, layout=layout, read=0)  # not closed: the model is the fixture's
     result = with_layout.run(TASK, BRANCHES, sampling=GREEDY, answer=Sampling(temperature=0, max_tokens=1))
     prompts = Layout(fj.model, layout, TASK, None, DEFAULT_SYNTHESIZE).prompts(BRANCHES)
     n_prefix = len(prompts.prefix)
@@ -162,7 +162,7 @@ def test_an_empty_branch_is_joined_as_empty(fj: ForkJoin) -> None:
     assert (one.branches[0].text, one.branches[0].tokens, one.branches[0].finish_reason) == ("", 0, "stop")
     assert one.tokens.joined == one.branches[1].tokens
     for layout in ("shared", "paper"):
-        none = ForkJoin(fj.model, layout=layout).run(TASK, [silent, silent], sampling=GREEDY)
+        none = ForkJoin(fj.model, layout=layout, read=0).run(TASK, [silent, silent], sampling=GREEDY)
         assert none.tokens.joined == 0
         assert none.answer
 
@@ -203,7 +203,7 @@ def test_a_long_prompt_is_read_with_flash_attention_and_moved(smollm2: Model, mo
     runs = []
     for least in (16, 10**6):
         monkeypatch.setattr(synthesis, "_LONG_PROMPT", least)
-        fj = ForkJoin(smollm2, layout="paper", kv_type="f32")
+        fj = ForkJoin(smollm2, layout="paper", kv_type="f32", read=0)
         result = fj.run(TASK, BRANCHES, sampling=GREEDY, compare=True, keep=True)
         assert result.kept
         assert result.compare
@@ -221,7 +221,7 @@ def test_on_an_existing_llama(smollm2_path: Path, fj: ForkJoin) -> None:
 
     llama = llama_cpp.Llama(str(smollm2_path), n_ctx=256, n_gpu_layers=-1, verbose=False)
     before = text()
-    with ForkJoin(llama=llama) as borrowed:
+    with ForkJoin(llama=llama, read=0) as borrowed:
         result = borrowed.run(TASK, BRANCHES, sampling=GREEDY)
     assert result.branches == fj.run(TASK, BRANCHES, sampling=GREEDY).branches
     assert text() == before
@@ -229,7 +229,7 @@ def test_on_an_existing_llama(smollm2_path: Path, fj: ForkJoin) -> None:
 
 
 def test_from_several_threads(tiny_path: Path) -> None:
-    with ForkJoin.from_pretrained(str(tiny_path), threads=1) as fj:
+    with ForkJoin.from_pretrained(str(tiny_path), threads=1, read=0) as fj:
         sampling = Sampling(seed=1, max_tokens=30)
         want = fj.run(TASK, BRANCHES, sampling=sampling)
         with ThreadPoolExecutor() as pool:
@@ -241,13 +241,13 @@ def test_from_several_threads(tiny_path: Path) -> None:
 
 @pytest.mark.parametrize("kv_type", ["f32", "bf16", "q8_0", "q4_0", "q8_0/f16"])
 def test_kv_types(smollm2_path: Path, kv_type: str) -> None:
-    with ForkJoin.from_pretrained(str(smollm2_path), kv_type=kv_type) as fj:
+    with ForkJoin.from_pretrained(str(smollm2_path), kv_type=kv_type, read=0) as fj:
         assert fj.run(TASK, BRANCHES, sampling=GREEDY).answer
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "qwen3moe", "smollm3", "gemma", "gemma3", "gpt-oss"])
 def test_each_architecture(tmp_path: Path, arch: str) -> None:
-    with ForkJoin.from_pretrained(str(write_model(tmp_path / "m.gguf", arch))) as fj:
+    with ForkJoin.from_pretrained(str(write_model(tmp_path / "m.gguf", arch)), read=0) as fj:
         result = fj.run(TASK, BRANCHES, sampling=GREEDY, compare=True)
         assert result.tokens.joined == sum(b.tokens for b in result.branches)
 
@@ -256,14 +256,14 @@ def test_each_architecture(tmp_path: Path, arch: str) -> None:
 def test_long_rope_models_get_contexts_that_agree(tmp_path: Path, max_tokens: int) -> None:
     path = write_model(tmp_path / "m.gguf", "phi3", long_rope=True, phi3__rope__scaling__original_context_length=512)
     sampling = Sampling(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-    with ForkJoin.from_pretrained(str(path)) as fj:
+    with ForkJoin.from_pretrained(str(path), read=0) as fj:
         result = fj.run(TASK, BRANCHES, sampling=sampling, compare=True)
         assert result.tokens.joined == max_tokens * len(BRANCHES)
 
 
 @pytest.mark.parametrize("arch", ["mamba", "jamba", "deepseek2", "qwen2vl", "gpt2", "llama4", "hunyuan-dense"])
 def test_models_that_cannot_be_joined_still_have_text_mode(tmp_path: Path, arch: str) -> None:
-    with ForkJoin.from_pretrained(str(write_model(tmp_path / "m.gguf", arch))) as fj:
+    with ForkJoin.from_pretrained(str(write_model(tmp_path / "m.gguf", arch)), read=0) as fj:
         with pytest.raises(RefusedError, match=f"'{arch}'"):
             fj.run(TASK, BRANCHES, sampling=GREEDY)
         assert fj.run(TASK, BRANCHES, sampling=GREEDY, mode="text").tokens.prefilled > 0
@@ -274,7 +274,7 @@ def test_an_adapter_is_used_by_the_synthesizer_only(tmp_path: Path, tiny_path: P
     options: dict[str, Any] = {"pyps__layout": "paper", "pyps__in_order": in_order}
     adapter = write_adapter(tmp_path / "a.gguf", mapper=mapper_metadata(5), **options)
     sampling = Sampling(temperature=0, max_tokens=20, ignore_eos=True)
-    with ForkJoin.from_pretrained(str(tiny_path), layout="paper") as plain:
+    with ForkJoin.from_pretrained(str(tiny_path), layout="paper", read=0) as plain:
         without = plain.run(TASK, BRANCHES, sampling=sampling)
     with ForkJoin.from_pretrained(str(tiny_path), adapter=adapter) as fj:
         assert fj.layout == "paper"
@@ -333,18 +333,18 @@ def test_refused_before_any_work(fj: ForkJoin, tmp_path: Path) -> None:
             fj.stream(**arguments)
     with pytest.raises(InputError, match="one of the two"):
         ForkJoin()
-    small = ForkJoin(fj.model, n_ctx=256)
+    small = ForkJoin(fj.model, n_ctx=256, read=0)
     with pytest.raises(InputError, match=r"the synthesizer may need \d\d\d cells; the limit given is 256"):
         small.stream(TASK, ["a"] * 20, sampling=GREEDY)
     with pytest.raises(InputError, match="a branch may need 304 cells; the limit given is 256"):
         small.stream(TASK, BRANCHES)
     assert small.run("Hi", ["a", "b"], sampling=replace(GREEDY, max_tokens=20)).answer is not None
     with pytest.raises(InputError, match="no such adapter file"):
-        ForkJoin(fj.model, adapter=tmp_path / "nowhere.gguf")
+        ForkJoin(fj.model, adapter=tmp_path / "nowhere.gguf", read=0)
 
 
 def test_a_closed_fork_join(tiny_path: Path) -> None:
-    fj = ForkJoin.from_pretrained(str(tiny_path))
+    fj = ForkJoin.from_pretrained(str(tiny_path), read=0)
     fj.close()
     with pytest.raises(InputError, match="closed"):
         fj.run(TASK, BRANCHES)
@@ -352,7 +352,7 @@ def test_a_closed_fork_join(tiny_path: Path) -> None:
 
 def test_the_synthesizer_may_hold_more_cells_than_positions(tiny_path: Path) -> None:
     """Joined spans share positions: branches that together exceed the trained length still fit."""
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj:
+    with ForkJoin.from_pretrained(str(tiny_path), read=0) as fj:
         sampling = Sampling(temperature=0, max_tokens=600, ignore_eos=True)
         result = fj.run("Go", ["a", "b", "c", "d"], sampling=sampling, answer=Sampling(temperature=0, max_tokens=4))
         assert result.tokens.joined == 2400 > fj.model.n_ctx_train
@@ -363,7 +363,7 @@ def test_the_synthesizer_may_hold_more_cells_than_positions(tiny_path: Path) -> 
 def test_a_branch_of_its_own_reads_what_it_is_told(tiny_path: Path) -> None:
     """A task or a system message of a branch's own: it says what it would say if they were the run's."""
     own = [Branch("Go.", task="Another task."), Branch("Go.", system="Be brief."), Branch("Go.")]
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj:
+    with ForkJoin.from_pretrained(str(tiny_path), read=0) as fj:
 
         def texts(task: str, branches: list[Branch], system: str | None = None) -> list[str]:
             with fj.fork(task, branches, system=system, sampling=GREEDY) as forked:
@@ -406,7 +406,7 @@ def test_a_conversation_as_the_prefix(smollm2: Model) -> None:
     ]
     # what a tool has said is data: its control token is text, and not one token
     assert prompts.prefix.count(smollm2.tokenize("<|im_end|>")[0]) == 4
-    fj = ForkJoin(smollm2)  # not closed: the model is everybody's
+    fj = ForkJoin(smollm2, read=0)  # not closed: the model is everybody's
     result = fj.run(messages, ["Go on.", ""], sampling=GREEDY, compare=True)
     assert result.answer
     assert result.compare

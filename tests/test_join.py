@@ -535,7 +535,7 @@ def test_what_cannot_be_joined_is_refused(tiny_model: TinyModel, tiny: Model) ->
             ([Span(-1, 0, 5, 0)], 0, r"sequence -1 does not exist"),
             ([Span(0, 0, 5, 0)], 1, r"sequence 1 does not exist"),
             ([], 0, r"nothing to join"),
-            ([Span(0, 0, 20, 0)] * 13, 0, r"need 260 cells; this context has 256 free of 256"),
+            ([Span(0, 0, 20, 0)] * 13, 0, r"260 more cells are needed; this context has 256 free of 256"),
         ]
         for spans, seq, message in cases:
             with pytest.raises(InputError, match=message):

@@ -75,7 +75,7 @@ def test_a_failure_ends_its_sequence_only(smollm2: Model) -> None:
 def test_a_branch_that_fails_leaves_the_others(smollm2: Model) -> None:
     """The run goes on with what the others have said; the failure is in the result."""
     branches: list[str | Branch] = ["Talk.", Branch("Fail.", sampling=Sampling(max_tokens=8, grammar=IMPOSSIBLE))]
-    fj = ForkJoin(smollm2)  # not closed: the model is everybody's
+    fj = ForkJoin(smollm2, read=0)  # not closed: the model is everybody's
     result = fj.run("Say something.", branches, sampling=Sampling(temperature=0, max_tokens=8))
     assert [b.finish_reason for b in result.branches] == ["length", "error"]
     assert result.branches[0].error is None

@@ -78,7 +78,7 @@ def test_closing_in_any_order(tiny_path: Path, tmp_path: Path) -> None:
 
 
 def test_a_stream_outlives_its_fork_join(tiny_path: Path) -> None:
-    fj = ForkJoin.from_pretrained(str(tiny_path))
+    fj = ForkJoin.from_pretrained(str(tiny_path), read=0)
     events = fj.stream("Hi", ["a", "b"])
     next(events)
     fj.close()
@@ -88,7 +88,7 @@ def test_a_stream_outlives_its_fork_join(tiny_path: Path) -> None:
 
 def test_a_borrowed_model_that_is_gone(tiny_path: Path) -> None:
     llama = llama_cpp.Llama(str(tiny_path), verbose=False)
-    fj = ForkJoin(llama=llama)
+    fj = ForkJoin(llama=llama, read=0)
     events = fj.stream("Hi", ["a", "b"])
     next(events)
     llama.close()
@@ -98,7 +98,7 @@ def test_a_borrowed_model_that_is_gone(tiny_path: Path) -> None:
         fj.run("Hi", ["a"])
     fj.close()
     with pytest.raises(InputError, match="closed"):
-        ForkJoin(llama=llama)
+        ForkJoin(llama=llama, read=0)
 
 
 def test_contexts_that_cannot_be(tiny: Model) -> None:

@@ -33,7 +33,7 @@ LONG = replace(GREEDY, ignore_eos=True)
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path) -> Path:
     path = tmp_path_factory.mktemp("slots") / "tiny.pyps"
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj:
+    with ForkJoin.from_pretrained(str(tiny_path), read=0) as fj:
         fj.run(TASK, BRANCHES, sampling=LONG, save=path)
     return path
 
@@ -42,11 +42,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path) -> Path:
 def test_a_file_joins_as_the_branches_themselves_do(smollm2_path: Path, tmp_path: Path, kv_type: str) -> None:
     """In another process: the same answer, token for token."""
     path = tmp_path / "notes.pyps"
-    with ForkJoin.from_pretrained(str(smollm2_path), kv_type=kv_type) as fj:
+    with ForkJoin.from_pretrained(str(smollm2_path), kv_type=kv_type, read=0) as fj:
         result = fj.run(TASK, BRANCHES, sampling=GREEDY, save=path)
     program = (
         "import sys; from pyps import *\n"
-        "with ForkJoin.from_pretrained(sys.argv[1], kv_type=sys.argv[2]) as fj, fj.load(sys.argv[3]) as branches:\n"
+        "with ForkJoin.from_pretrained(sys.argv[1], kv_type=sys.argv[2], read=0) as fj, "
+        "fj.load(sys.argv[3]) as branches:\n"
         "    result = fj.run(sys.argv[4], join=branches, sampling=Sampling(temperature=0, max_tokens=24))\n"
         "    print(result.answer, end='')\n"
     )
@@ -65,7 +66,10 @@ def test_every_cell_survives(tmp_path: Path, arch: str, kv_type: str) -> None:
     """Bytes and positions of all layers, V transposed or not, a sliding window or not."""
     name, _, head_dim = arch.partition("-")
     path, model = tmp_path / "b.pyps", write_model(tmp_path / "m.gguf", name, head_dim=int(head_dim or HEAD_DIM))
-    with ForkJoin.from_pretrained(str(model), kv_type=kv_type) as fj, fj.fork(TASK, BRANCHES, sampling=LONG) as forked:
+    with (
+        ForkJoin.from_pretrained(str(model), kv_type=kv_type, read=0) as fj,
+        fj.fork(TASK, BRANCHES, sampling=LONG) as forked,
+    ):
         fj.save(path, forked)
         with fj.load(path) as loaded:
             assert loaded.results == forked.results
@@ -83,10 +87,10 @@ def test_joined_into_contexts_of_another_type(tmp_path: Path) -> None:
     """Saved in one type, joined in another, with V in another order: as if joined from the file's own type."""
     path = tmp_path / "b.pyps"
     model = str(write_model(tmp_path / "m.gguf", head_dim=64))
-    with ForkJoin.from_pretrained(model, kv_type="f32") as fj:
+    with ForkJoin.from_pretrained(model, kv_type="f32", read=0) as fj:
         fj.run(TASK, BRANCHES, sampling=LONG, save=path)
     for kv_type in ("f16", "q8_0"):
-        with ForkJoin.from_pretrained(model, kv_type=kv_type) as fj, fj.load(path) as branches:
+        with ForkJoin.from_pretrained(model, kv_type=kv_type, read=0) as fj, fj.load(path) as branches:
             assert fj.run(TASK, join=branches, sampling=LONG).tokens.joined == 3 * 24
 
 
@@ -98,7 +102,7 @@ def test_arrays_are_views_of_the_file(saved: Path, tiny_path: Path) -> None:
     assert isinstance(v, np.memmap)
     assert k.dtype == np.float16
     assert not k.flags.writeable
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj, fj.load(saved) as branches:
+    with ForkJoin.from_pretrained(str(tiny_path), read=0) as fj, fj.load(saved) as branches:
         got = read(branches.ctx, 1, 0)
         assert (got.k == k[slots.cells(1)].astype(np.float32)).all()
         assert slots.tokens[slots.cells(1)].tolist() == list(branches.cached[1].tokens)
@@ -106,7 +110,7 @@ def test_arrays_are_views_of_the_file(saved: Path, tiny_path: Path) -> None:
 
 def test_old_and_new_branches_in_one_answer(tiny_path: Path, saved: Path) -> None:
     """Files, branches in memory, an answer with its cache, and new ones; in this order, each as often as one likes."""
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj, fj.load(saved) as old:
+    with ForkJoin.from_pretrained(str(tiny_path), read=0) as fj, fj.load(saved) as old:
         first = fj.run(TASK, ["Be short."], join=old, sampling=LONG, keep=True)
         assert [b.name for b in first.branches] == ["branch-1", "branch-2", "branch-3", "branch-4"]
         assert first.tokens.joined == 4 * 24
@@ -125,7 +129,7 @@ def test_old_and_new_branches_in_one_answer(tiny_path: Path, saved: Path) -> Non
 
 def test_sequential_runs_equal_one_run(tiny_path: Path) -> None:
     """Joined from three contexts or from one: the same cells."""
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj:
+    with ForkJoin.from_pretrained(str(tiny_path), read=0) as fj:
         at_once = fj.run(TASK, BRANCHES, sampling=LONG)
         seeds = zip(BRANCHES, range(3), strict=True)
         forks = [fj.fork(TASK, [b], sampling=replace(LONG, seed=i)) for b, i in seeds]
@@ -134,7 +138,7 @@ def test_sequential_runs_equal_one_run(tiny_path: Path) -> None:
 
 def test_a_tree(tiny_path: Path) -> None:
     """Four branches, two synthesizers, one: the answers' own caches are what is joined."""
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj:
+    with ForkJoin.from_pretrained(str(tiny_path), read=0) as fj:
         halves = [fj.run(TASK, pair, sampling=LONG, keep=True) for pair in (["a", "b"], ["c", "d"])]
         answers = [half.kept for half in halves if half.kept]
         top = fj.run(TASK, join=answers, sampling=LONG)
@@ -144,9 +148,12 @@ def test_a_tree(tiny_path: Path) -> None:
 
 def test_refused(tmp_path: Path, tiny_path: Path, saved: Path) -> None:
     other = write_model(tmp_path / "other.gguf", "qwen3")
-    with ForkJoin.from_pretrained(str(other)) as fj, pytest.raises(InputError, match="mean nothing to other"):
+    with ForkJoin.from_pretrained(str(other), read=0) as fj, pytest.raises(InputError, match="mean nothing to other"):
         fj.load(saved)
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj, ForkJoin.from_pretrained(str(tiny_path)) as twin:
+    with (
+        ForkJoin.from_pretrained(str(tiny_path), read=0) as fj,
+        ForkJoin.from_pretrained(str(tiny_path), read=0) as twin,
+    ):
         with twin.load(saved) as branches, pytest.raises(InputError, match="another model's"):
             fj.run(TASK, join=branches)
         with pytest.raises(InputError, match="only Branches can be joined"):
@@ -192,7 +199,7 @@ def test_values_that_no_model_computes(tmp_path: Path, kv_type: str) -> None:
     """llama.cpp's samplers are not made for logits that are no numbers."""
     path = tmp_path / "x.pyps"
     model = write_model(tmp_path / "m.gguf", head_dim=64)
-    with ForkJoin.from_pretrained(str(model), kv_type=kv_type) as fj:
+    with ForkJoin.from_pretrained(str(model), kv_type=kv_type, read=0) as fj:
         fj.run(TASK, ["a"], sampling=LONG, save=path)
     good = path.read_bytes()
     row = read_slots(path).layers[1][0][3].tobytes()
@@ -233,7 +240,7 @@ def test_ten_thousand_damaged_files(tmp_path: Path) -> None:
     path = tmp_path / "x.pyps"
     refused = loaded = 0
     model = write_model(tmp_path / "m.gguf", n_layers=1)  # a small file is read faster
-    with ForkJoin.from_pretrained(str(model)) as fj:
+    with ForkJoin.from_pretrained(str(model), read=0) as fj:
         fj.run(TASK, ["a", "b"], sampling=replace(LONG, max_tokens=5), save=path)
         data = path.read_bytes()
         for i in range(10_000):

@@ -108,7 +108,7 @@ def test_a_tree_of_steps(tmp_path: Path, tiny_path: Path) -> None:
     """Four branches become two answers and then one, as with the same calls from Python."""
     workflow = read_workflow(_write(tmp_path, TREE) / "w.yaml")
     sampling = Sampling(temperature=0, max_tokens=16, ignore_eos=True)
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj:
+    with ForkJoin.from_pretrained(str(tiny_path), read=0) as fj:
         values = set_variables(workflow, {"topic": "dogs"})
         events = list(run_workflow(fj, workflow, values, tmp_path, sampling=sampling))
         results = [e.event.result for e in events if isinstance(e.event, Done)]
@@ -173,7 +173,7 @@ def test_files_that_are_wrong(tmp_path: Path, text: str, message: str) -> None:
 )
 def test_steps_that_cannot_run(tmp_path: Path, tiny_path: Path, text: str, message: str) -> None:
     workflow = read_workflow(_write(tmp_path, text) / "w.yaml")
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj, pytest.raises(InputError, match=message):
+    with ForkJoin.from_pretrained(str(tiny_path), read=0) as fj, pytest.raises(InputError, match=message):
         list(run_workflow(fj, workflow, {}, tmp_path))
 
 
@@ -185,7 +185,7 @@ def test_files_stay_under_their_root(tmp_path: Path, tiny_path: Path) -> None:
     (root / "b.txt").symlink_to(tmp_path / "secret.txt")
     text = STEP.replace("[b]", "[{prompt: '{{ item.text }}', files: {glob: '*.txt', root: root}}]")
     workflow = read_workflow(_write(tmp_path, text) / "w.yaml")
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj:
+    with ForkJoin.from_pretrained(str(tiny_path), read=0) as fj:
         events = list(run_workflow(fj, workflow, {}, tmp_path, sampling=Sampling(max_tokens=2)))
     assert events[0].prompts == ["fine"]
 
@@ -222,7 +222,7 @@ def test_interrupted(tmp_path: Path, tiny_path: Path) -> None:
     """The workflow ends with the step that ran, and reports what it has."""
     workflow = read_workflow(_write(tmp_path, TREE) / "w.yaml")
     began = time.monotonic()
-    with ForkJoin.from_pretrained(str(tiny_path)) as fj:
+    with ForkJoin.from_pretrained(str(tiny_path), read=0) as fj:
         seen: list[object] = []
         sampling = Sampling(max_tokens=500, ignore_eos=True)
         for event in run_workflow(

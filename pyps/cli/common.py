@@ -18,8 +18,9 @@ from rich.console import Console
 from pyps.adapters.format import LAYOUTS
 from pyps.engine.context import KV_TYPES
 from pyps.engine.find import AUTO, DEFAULT_MODEL, Progress
-from pyps.errors import PypsError, missing_extra
+from pyps.errors import InputError, PypsError, missing_extra
 from pyps.forkjoin import ForkJoin
+from pyps.forkjoin.reading import check_read
 
 if TYPE_CHECKING:
     from pyps.measure.reports import BenchReport, EvaluationReport
@@ -93,6 +94,35 @@ class NameValue(click.ParamType):  # type: ignore[type-arg]  # older versions of
         return name.strip(), text
 
 
+class Shares(Numbers):
+    """Numbers between 0 and 1 with commas between them; there may be none."""
+
+    name = "shares"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the list of shares."""
+        if not isinstance(value, str):
+            return value
+        return [Share().convert(part, param, ctx) for part in value.split(",") if part.strip()]
+
+
+class Share(click.ParamType):  # type: ignore[type-arg]  # as above
+    """A number between 0 and 1, or "auto"."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number, or "auto"."""
+        if value == "auto":
+            return value
+        try:
+            share = float(value)
+            check_read(share)
+        except (ValueError, InputError):
+            self.fail(f"{value!r} is neither a number between 0 and 1 nor 'auto'.", param, ctx)
+        return share
+
+
 def _none(_ctx: click.Context, _parameter: click.Parameter, adapter: str) -> str | None:
     return None if adapter == "none" else adapter
 
@@ -116,6 +146,15 @@ adapter_option = click.option(
 )
 layout_option = click.option(
     "--layout", type=click.Choice(LAYOUTS), help="The prompt layout. Without it, the adapter's is used, or shared."
+)
+read_option = click.option(
+    "--read",
+    type=Share(),
+    default="auto",
+    show_default=True,
+    metavar="SHARE",
+    help="In cache mode, the share of the branches' tokens that the synthesizer reads again: 0 to 1. 'auto' takes what "
+    "the adapter was trained for, or else what the model was found to need (pyps doctor MODEL).",
 )
 threads_option = click.option(
     "--threads",

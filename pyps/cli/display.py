@@ -32,8 +32,9 @@ def summary(result: Result) -> str:
     t, n = result.timing_ms, result.tokens
     if result.mode == "text":
         return f"read {n.prefilled:,} tokens; first token after {t.ttft:,.0f} ms, {t.total / 1e3:.1f} s in all"
+    again = f", read {n.again:,} of {n.joined + n.again:,} again ({result.reading})" if n.again else ""
     line = (
-        f"joined {n.joined:,} tokens in {t.join:,.0f} ms, read {n.prefilled:,}; "
+        f"joined {n.joined:,} tokens in {t.join:,.0f} ms{again}, read {n.prefilled:,}; "
         f"first token after {t.ttft:,.0f} ms, {t.total / 1e3:.1f} s in all"
     )
     if result.compare:

@@ -11,6 +11,7 @@ from rich.console import Console
 from pyps.cli.common import (
     Interrupt,
     Numbers,
+    Shares,
     adapter_option,
     check_plot,
     finish,
@@ -20,12 +21,14 @@ from pyps.cli.common import (
     model_option,
     plot_option,
     progress_bar,
+    read_option,
     show_warnings,
     threads_option,
 )
 from pyps.cli.tables import show_bench, show_evaluation
 from pyps.engine.find import DEFAULT_MODEL, find_model
 from pyps.forkjoin import ForkJoin
+from pyps.forkjoin.reading import Read
 from pyps.measure.doctor import examine
 from pyps.measure.shapes import SHAPES, temporary_model
 
@@ -35,6 +38,14 @@ from pyps.measure.shapes import SHAPES, temporary_model
 @model_option
 @adapter_option
 @layout_option
+@read_option
+@click.option(
+    "--curve",
+    type=Shares(),
+    default="",
+    metavar="SHARE,…",
+    help="Also answer with these shares of the branches' tokens read again, as in 0,0.1,0.25.",
+)
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use only N examples of each family.")
 @click.option(
     "--max-tokens",
@@ -57,6 +68,8 @@ def evaluate(
     model: str,
     adapter: str | None,
     layout: str | None,
+    read: Read,
+    curve: list[float],
     limit: int | None,
     max_tokens: int,
     run_code: bool,
@@ -69,26 +82,30 @@ def evaluate(
 
     Text synthesis is compared with cache synthesis without an adapter, with each of its parts and with all of it, and
     with text synthesis with the LoRA. Measured are right answers, the KL divergence from text synthesis, agreement, and
-    the time to the first token. DATA is a file of examples (JSON lines, see docs/train.md) or 'humaneval'. Without it,
-    the built-in suite is used: six families of questions.
+    the time to the first token. DATA is a file of examples (JSON lines, see docs/train.md), 'long' or 'humaneval'.
+    Without it, the built-in suite is used: six families of questions on short branches; 'long' has branches of 100 to
+    300 tokens.
     """
     from pyps.data.example import read_examples
     from pyps.data.humaneval import read_humaneval
     from pyps.measure import evaluate as evaluation
 
     check_plot(plot)
-    if data is None:
-        examples = evaluation.read_suite()
+    if data in (None, "long"):
+        examples = evaluation.read_suite(long=data == "long")
     else:
-        examples = read_humaneval() if data == "humaneval" else read_examples([Path(data)])
+        examples = read_humaneval() if data == "humaneval" else read_examples([Path(str(data))])
     examples = evaluation.limited(examples, limit)
     with progress_bar(Console(stderr=True)) as progress:
-        fj = ForkJoin.from_pretrained(model, progress=progress, adapter=adapter, layout=layout, kv_type=kv_type)
+        fj = ForkJoin.from_pretrained(
+            model, progress=progress, adapter=adapter, layout=layout, kv_type=kv_type, read=read
+        )
         with fj, Interrupt() as interrupt:
             show_warnings(fj)
             report = evaluation.run_evaluation(
                 fj,
                 examples,
+                shares=curve,
                 max_tokens=max_tokens,
                 run_code=run_code,
                 kv_type=kv_type,
@@ -118,6 +135,7 @@ _JOBS = 3  # rounds of the whole job, which takes seconds, at most
 )
 @adapter_option
 @layout_option
+@read_option
 @click.option(
     "--branches", type=Numbers(), default="4", show_default=True, metavar="N,N,…", help="Numbers of branches."
 )
@@ -161,6 +179,7 @@ def bench(
     shape: str | None,
     adapter: str | None,
     layout: str | None,
+    read: Read,
     branches: list[int],
     tokens: list[int],
     prompt: list[int],
@@ -191,11 +210,15 @@ def bench(
         if shape:
             path = stack.enter_context(temporary_model(shape, path, progress))
             model = str(path)
-        with ForkJoin.from_pretrained(model, progress=progress, adapter=adapter, layout=layout, kv_type=kv_type) as fj:
+        # random weights read nothing, however often
+        with ForkJoin.from_pretrained(
+            model, progress=progress, adapter=adapter, layout=layout, kv_type=kv_type, read=0 if shape else read
+        ) as fj:
             report = run_bench(
                 fj,
                 cases,
                 path=path,
+                reading=fj.reading(stopped=interrupt.requested),
                 repeat=repeat,
                 name=f"{shape}, random weights" if shape else None,
                 kv_type=kv_type,

@@ -25,6 +25,7 @@ from pyps.cli.common import (
     model_option,
     print_json,
     progress_bar,
+    read_option,
     show_warnings,
     threads_option,
 )
@@ -36,6 +37,7 @@ from pyps.files import check_writable, whole
 from pyps.forkjoin import Branch, ForkJoin
 from pyps.forkjoin.chat import Chat
 from pyps.forkjoin.events import Done, Event, Mode, Result
+from pyps.forkjoin.reading import Read
 from pyps.forkjoin.slots import load_slots, read_slots
 from pyps.prompts.layout import DEFAULT_SYNTHESIZE
 from pyps.workflow import (
@@ -204,6 +206,7 @@ def _list_workflows(ctx: click.Context, _parameter: click.Parameter, requested: 
     help="Answer from the branches' caches, or from their pasted texts.",
 )
 @layout_option
+@read_option
 @click.option("--compare", is_flag=True, help="Answer from the branches' texts as well.")
 @_sampling_options
 @click.option(
@@ -237,6 +240,7 @@ def run(
     adapter: str | None,
     mode: Mode,
     layout: str | None,
+    read: Read,
     compare: bool,
     sampling: Sampling,
     answer_tokens: int | None,
@@ -277,43 +281,57 @@ def run(
     answer = replace(sampling, max_tokens=sampling.max_tokens if answer_tokens is None else answer_tokens, stop=())
 
     notes = Console(stderr=True)
-    with progress_bar(notes) as progress:
-        if notes.is_terminal:
-            progress(f"loading {model}", None)
-        fj = ForkJoin.from_pretrained(
-            model, progress=progress, adapter=adapter, layout=layout, kv_type=kv_type, n_ctx=n_ctx, threads=threads
-        )
-    with fj, Interrupt() as interrupt:
-        show_warnings(fj)
+    with contextlib.ExitStack() as stack:
+        interrupt = stack.enter_context(Interrupt())
+        # a model that has never been run is measured before its first step, which takes its time
+        with progress_bar(notes) as progress:
+            if notes.is_terminal:
+                progress(f"loading {model}", None)
+            fj = stack.enter_context(
+                ForkJoin.from_pretrained(
+                    model,
+                    progress=progress,
+                    adapter=adapter,
+                    layout=layout,
+                    kv_type=kv_type,
+                    n_ctx=n_ctx,
+                    threads=threads,
+                    read=read,
+                )
+            )
+            show_warnings(fj)
+            if workflow is not None:
+                steps = run_workflow(
+                    fj,
+                    workflow,
+                    variables,
+                    Path(str(task)).parent,
+                    compare=compare,
+                    sampling=sampling,
+                    stopped=interrupt.requested,
+                )
+                first = next(steps)
+            else:
+                joins = [load_slots(slots, fj.model, threads) for slots in slot_files]
+                prompts = [result.prompt for join in joins for result in join.results] + [b.prompt for b in branches]
+                events = fj.stream(
+                    text,
+                    branches,
+                    join=joins,
+                    system=system,
+                    synthesize=synthesize,
+                    mode=mode,
+                    compare=compare,
+                    sampling=sampling,
+                    answer=answer,
+                    save=save,
+                    keep=chats,
+                    room=_CHAT_ROOM if chats else 0,
+                    stopped=interrupt.requested,
+                )
         if workflow is not None:
-            steps = run_workflow(
-                fj,
-                workflow,
-                variables,
-                Path(str(task)).parent,
-                compare=compare,
-                sampling=sampling,
-                stopped=interrupt.requested,
-            )
-            _show_workflow(workflow, steps, as_json, notes)
+            _show_workflow(workflow, chain([first], steps), as_json, notes)
         else:
-            joins = [load_slots(slots, fj.model, threads) for slots in slot_files]
-            prompts = [result.prompt for join in joins for result in join.results] + [b.prompt for b in branches]
-            events = fj.stream(
-                text,
-                branches,
-                join=joins,
-                system=system,
-                synthesize=synthesize,
-                mode=mode,
-                compare=compare,
-                sampling=sampling,
-                answer=answer,
-                save=save,
-                keep=chats,
-                room=_CHAT_ROOM if chats else 0,
-                stopped=interrupt.requested,
-            )
             result = _show(events, prompts, as_json, notes)
             if save and result:
                 notes.print(f"the branches are kept in {save} ({save.stat().st_size / 1e6:.1f} MB)", highlight=False)

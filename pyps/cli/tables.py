@@ -37,17 +37,21 @@ def show_slots(console: Console, slots: Slots) -> None:
 def show_evaluation(console: Console, report: "EvaluationReport") -> None:
     """Print the scores of each mode, over all examples and by family."""
     table = Table(box=None, pad_edge=False)
-    for name in ("", "right", "95 %", "KL", "KL first", "agreement", "ms"):
+    for name in ("", "right", "95 %", "than text", "95 %", "KL", "KL first", "agreement", "read", "ms"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name, mode in report.modes.items():
-        right = interval = ""
+        right = interval = more = more_interval = ""
         if mode.accuracy is not None and mode.accuracy_95 is not None:
             low, high = mode.accuracy_95
             right, interval = f"{mode.accuracy:.1%}", f"{low:.0%} to {high:.0%}"
-        measures = (f"{mode.kl:.3f}", f"{mode.kl_first:.3f}", f"{mode.agreement:.0%}", f"{mode.ttft_ms:.0f}")
-        table.add_row(name, right, interval, *measures)
+        if mode.difference is not None and mode.difference_95 is not None and name != "text":
+            low, high = mode.difference_95
+            more, more_interval = f"{mode.difference:+.1%}", f"{low:+.0%} to {high:+.0%}"
+        measures = (f"{mode.kl:.3f}", f"{mode.kl_first:.3f}", f"{mode.agreement:.0%}", f"{mode.again:.0%}")
+        table.add_row(name, right, interval, more, more_interval, *measures, f"{mode.ttft_ms:.0f}")
     adapter = f", adapter {report.adapter}" if report.adapter else ""
     _print(console, f"{report.model}{adapter}, {report.layout} layout, {report.examples} examples")
+    _print(console, f"read again: {report.reading}")
     console.print(table)
     _show_families(console, report.modes, "accuracy", "right", "{:.0%}")
     _show_families(console, report.modes, "kl", "KL", "{:.3f}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from pyps.data.example import Example, ExampleBranch
 from pyps.data.families import FAMILIES, build
+from pyps.data.long_spans import LONG_FAMILIES, build_long
 from pyps.errors import InputError, missing_extra
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -146,10 +147,10 @@ def distillation(
 _TURNS = (*FAMILIES, "look-up", "combine", "list", "compare")
 
 
-def families(n: int, held_out: bool, seed: int, targets: float = 0.5) -> Iterator[Example]:
+def families(n: int, held_out: bool, seed: int, targets: float = 0.5, long: bool = False) -> Iterator[Example]:
     """Yield examples of the built-in families in turn.
 
-    Every 25th is open: it has branches to generate, and costs as much as five others.
+    Every 25th is open, unless they are long: it has branches to generate, and costs as much as five others.
 
     Args:
         n: Number of examples.
@@ -157,12 +158,13 @@ def families(n: int, held_out: bool, seed: int, targets: float = 0.5) -> Iterato
         seed: Chooses among all that is possible.
         targets: Share of the examples to train on that have a target. A target teaches what is right; without one, what
             text synthesis says is learned. Those to measure on have none.
+        long: Whether their branches are notes of 100 to 300 tokens (long_spans.py).
     """
     rng = random.Random(f"{seed} {held_out}")
-    turns = FAMILIES if held_out else _TURNS
+    turns = LONG_FAMILIES if long else FAMILIES if held_out else _TURNS
     for i in range(n):
-        family = "open" if i % 25 == 24 else turns[i % len(turns)]
-        example = build(family, held_out, rng)
+        family = "open" if i % 25 == 24 and not long else turns[i % len(turns)]
+        example = (build_long if long else build)(family, held_out, rng)
         yield example if not held_out and rng.random() < targets else example.model_copy(update={"target": None})
 
 

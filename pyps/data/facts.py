@@ -119,7 +119,7 @@ _AUTHORS = _items(
     "Price; Quill; Rossi; Sander; Tanaka; Underhill; Varga; Weber; Young; Zimmer"
 )
 
-_PEOPLE = Domain(
+PEOPLE = Domain(
     _NAMES,
     {
         "city": Field(
@@ -176,7 +176,7 @@ _PEOPLE = Domain(
     "Report on {e}.",
 )  # fmt: skip
 
-_THINGS = Domain(
+THINGS = Domain(
     [f"the {p}" for p in _PRODUCTS],
     {
         "colour": Field(
@@ -223,7 +223,7 @@ _THINGS = Domain(
     "Describe {e}.",
 )  # fmt: skip
 
-_PLACES = Domain(
+PLACES = Domain(
     _CITIES,
     {
         "weather": Field(
@@ -259,7 +259,7 @@ _PLACES = Domain(
     "Report on the weather in {e}.",
 )  # fmt: skip
 
-_LIBRARY = Domain(
+LIBRARY = Domain(
     [f'"{b}"' for b in _BOOKS],
     {
         "author": Field(
@@ -332,4 +332,4 @@ def read_domains() -> tuple[Domain, ...]:
         if c["capital"] and c["currencyname"] and int(c["population"]) > 100_000
     }
     countries = Domain(sorted(known), {"capital": _CAPITAL, "currency": _CURRENCY}, "Report on {e}.", known)
-    return _PEOPLE, _THINGS, _PLACES, _LIBRARY, countries
+    return PEOPLE, THINGS, PLACES, LIBRARY, countries

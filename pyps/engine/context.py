@@ -261,6 +261,29 @@ class Context:
             raise InputError(f"these tokens cannot be decoded here: {words or 'invalid batch'}")
         raise EngineError(f"llama.cpp could not decode (status {status}): {words or 'no reason given'}")
 
+    def decode_at(self, seq: int, tokens: Sequence[int], positions: Sequence[int]) -> None:
+        """Compute tokens at any positions of a sequence, in the order of the positions, without logits.
+
+        Each attends to every cell of the sequence that is not behind it: to joined ones, and to the other tokens. The
+        logits of the last `decode` stay. All or nothing.
+
+        Args:
+            seq: The sequence.
+            tokens: The tokens [n].
+            positions: The position of each [n]; several may share one, as after a join.
+
+        Raises:
+            RefusedError: Caches of this model cannot be joined.
+            InputError: There is no room, or no such sequence, token or position.
+            EngineError: llama.cpp failed.
+        """
+        self._check_seq(seq)
+        pairs = list(zip(tokens, positions, strict=True))
+        if any(not -(2**31) <= number < 2**31 for pair in pairs for number in pair):
+            raise InputError("tokens and positions are 32-bit numbers")
+        with log.captured():
+            native.decode_at(self.address, seq, pairs)
+
     def warm_up(self) -> None:
         """Compute something and forget it, so that what is measured next pays for nothing but itself.
 

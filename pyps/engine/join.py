@@ -11,6 +11,10 @@ from pyps.engine.context import Context
 from pyps.engine.positions import rotated_layers
 from pyps.errors import InputError
 
+# (K, V) of a layer, each float32 [2, channels]: rows a and b of the lines a·x + b, one for each channel. K is meant as
+# it would be at position 0.
+LayerCorrection = tuple[NDArray[np.float32], NDArray[np.float32]]
+
 
 @dataclass(frozen=True)
 class Span:
@@ -29,6 +33,7 @@ def join(
     seq: int = 0,
     coefficients: NDArray[np.float32] | None = None,
     *,
+    correction: Sequence[LayerCorrection] = (),
     together: bool | None = None,
 ) -> int:
     """Place spans of src's sequences in sequence `seq` of dst: re-encoded to their new positions, mapped, side by side.
@@ -43,6 +48,7 @@ def join(
         spans: What is placed, and where.
         seq: The sequence of dst that gets them.
         coefficients: The mapper's (a_k, b_k, a_v, b_v), float32 [spans, layers, 4]; None for the identity.
+        correction: What every channel of each layer goes through before that; empty for none.
         together: Whether all spans and layers are moved by one graph, or each by its own; None for what suits the
             device that holds dst. The results are the same: tests and benchmarks try both.
 
@@ -51,8 +57,8 @@ def join(
 
     Raises:
         RefusedError: This model's caches cannot be joined.
-        InputError: A range lies outside its sequence, dst has no room, the contexts belong to different models, or one
-            is closed.
+        InputError: A range lies outside its sequence, dst has no room, the contexts belong to different models, one
+            is closed, or the coefficients or the correction are those of another model.
         EngineError: The computation failed or was aborted.
     """
     parts = [(s.seq, s.start, s.end, s.to) for s in spans]
@@ -61,4 +67,4 @@ def join(
             raise InputError(f"{number} is neither a sequence nor a position: both are 32-bit numbers")
     rotates = rotated_layers(src.model)
     with log.captured():
-        return native.join(src.address, dst.address, parts, seq, rotates, coefficients, together)
+        return native.join(src.address, dst.address, parts, seq, rotates, coefficients, list(correction), together)

@@ -18,6 +18,7 @@ _FIX = (
 try:
     from pyps.engine import _native
     from pyps.engine._native import (
+        decode_at,
         hadamard,
         is_causal,
         join,
@@ -43,6 +44,7 @@ if llama_cpp_version != llama_cpp.__version__:
     )
 
 __all__ = [
+    "decode_at",
     "hadamard",
     "is_causal",
     "join",

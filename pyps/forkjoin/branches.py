@@ -79,7 +79,7 @@ class Branches:
     @property
     def outputs(self) -> list[Output]:
         """Where the cells of each lie, without branches that said nothing. Raises InputError once closed."""
-        return [Output(self.ctx, branch.seq, branch.spans) for branch in self.cached if branch.tokens]
+        return [Output(self.ctx, b.seq, b.spans, b.tokens, b.result.name) for b in self.cached if b.tokens]
 
     def named(self, name: str) -> "Branches":
         """Return the same branches with `name` as their name."""

@@ -22,11 +22,19 @@ class Completion:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of a synthesis: joined from caches, read before the answer, generated as the answer."""
+    """Tokens of a synthesis.
+
+    Attributes:
+        joined: Placed from caches.
+        prefilled: Read before the answer: the prompt, and labels before the outputs.
+        generated: Of the answer.
+        again: Of the branches, read again instead of joined.
+    """
 
     joined: int
     prefilled: int
     generated: int
+    again: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +44,15 @@ class Timing:
     Attributes:
         branches: From the start to the last branch's last token.
         join: Placing the branches' cells.
+        again: Reading tokens of the branches again, and labels.
         prefill: Reading the synthesizer's prompt, up to the answer's first token.
-        ttft: From the last branch's last token to the answer's first; join and prefill lie inside it.
+        ttft: From the last branch's last token to the answer's first; join, again and prefill lie inside it.
         total: Everything, the loading of the model aside.
     """
 
     branches: float = 0.0
     join: float = 0.0
+    again: float = 0.0
     prefill: float = 0.0
     ttft: float = 0.0
     total: float = 0.0
@@ -50,13 +60,14 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Synthesis:
-    """An answer, why it ended, what it took, and the synthesizer's calls of tools."""
+    """An answer, why it ended, what it took, the synthesizer's calls of tools, and why it read so much again."""
 
     answer: str
     finish_reason: FinishReason
     tokens: Tokens
     timing_ms: Timing
     calls: tuple[ToolCall, ...] = ()
+    reading: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +88,7 @@ class Result:
         compare: The text synthesis of the same branches, if it was asked for.
         interrupted: Whether `stopped` ended the run early.
         calls: The synthesizer's calls of tools.
+        reading: In cache mode, why so many of the branches' tokens were read again.
         kept: The answer with its cache, if it was asked for. Close it.
     """
 
@@ -93,6 +105,7 @@ class Result:
     compare: Synthesis | None = None
     interrupted: bool = False
     calls: tuple[ToolCall, ...] = ()
+    reading: str = ""
     kept: Branches | None = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,10 +142,12 @@ class BranchDone:
 
 @dataclass(frozen=True)
 class Joined:
-    """The branches' cells lie in the synthesizer's cache."""
+    """The branches' cells lie in the synthesizer's cache, and some of their tokens were read again there."""
 
     tokens: int
     ms: float
+    again: int = 0
+    again_ms: float = 0.0
 
 
 @dataclass(frozen=True)

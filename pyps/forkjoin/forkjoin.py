@@ -1,6 +1,7 @@
 """ForkJoin: what programs use. A request becomes a plan (plan.py), and the plan is run (run.py)."""
 
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import llama_cpp
@@ -8,20 +9,27 @@ from typing_extensions import Unpack
 
 from pyps.adapters.adapter import Adapter
 from pyps.engine.context import split_kv_type
-from pyps.engine.find import AUTO, DEFAULT_MODEL, Progress, find_adapter, find_model
+from pyps.engine.find import AUTO, DEFAULT_MODEL, Progress, find_adapter, find_model, no_progress
 from pyps.engine.generate import Stopped, complete, never
 from pyps.engine.model import Model
 from pyps.engine.positions import why_not_joinable
 from pyps.engine.sampling import Sampling, draw_seed
 from pyps.errors import InputError
 from pyps.forkjoin.branches import Branches, as_list
+from pyps.forkjoin.calibration import Calibration, calibration_of
 from pyps.forkjoin.events import Completion, Done, Event, Result
 from pyps.forkjoin.plan import Plan, Setting, make_plan
+from pyps.forkjoin.reading import Read, Reading, check_read
 from pyps.forkjoin.request import Branch, Options, Request
 from pyps.forkjoin.run import Run, finish_reason
 from pyps.forkjoin.slots import load_slots, read_slots, write_slots
 from pyps.forkjoin.synthesis import ContextOptions
 from pyps.prompts.layout import Message
+
+_PATIENCE = 60.0  # seconds that measuring a model may take before its first run
+
+# for a model that could not be measured, or not in that time
+UNMEASURED = Reading(share=1.0, labels=True, auto=True, why="this model was not measured yet: see pyps doctor")
 
 
 class ForkJoin:
@@ -36,6 +44,8 @@ class ForkJoin:
             "q8_0/f16".
         n_ctx: Most cells that any sequence may need; None for what the model was trained on, and what a job needs.
         threads: Threads of each context; None for what suits the model on this machine.
+        read: What synthesizers read again (Request.read), unless a run says otherwise.
+        progress: Called while the model is measured, once, before its first fork-join without an adapter.
 
     Attributes:
         model: The model.
@@ -56,6 +66,8 @@ class ForkJoin:
         kv_type: str = "f16",
         n_ctx: int | None = None,
         threads: int | None = None,
+        read: Read = "auto",
+        progress: Progress = no_progress,
     ) -> None:
         if model is None and llama is not None:
             model = Model.borrow(llama)
@@ -64,6 +76,7 @@ class ForkJoin:
         if n_ctx is not None and n_ctx < 1:
             raise InputError(f"n_ctx must be positive, not {n_ctx}")
         split_kv_type(kv_type)
+        check_read(read)
         self.model = model
         self.adapter = Adapter(adapter, self.model) if adapter is not None else None
         self.layout = layout or (self.adapter.layout if self.adapter else None) or "shared"
@@ -74,6 +87,9 @@ class ForkJoin:
             )
         self._options = ContextOptions(kv_type=kv_type, threads=threads)
         self._n_ctx = n_ctx
+        self._read, self._progress = read, progress
+        self._calibration: Calibration | None = None
+        self._calibration_failed = False
 
     @classmethod
     def from_pretrained(
@@ -86,27 +102,37 @@ class ForkJoin:
         kv_type: str = "f16",
         n_ctx: int | None = None,
         threads: int | None = None,
+        read: Read = "auto",
     ) -> "ForkJoin":
         """Open a ForkJoin on a GGUF file, on "smollm2", or on "hf:OWNER/REPO:FILE-or-QUANT".
 
         Args:
             name: The model.
-            progress: Called while a model is fetched or prepared.
+            progress: Called while a model is fetched, prepared or measured.
             adapter: Path of an adapter; "auto" for the one that comes with pyps for this model, if there is one; None
                 for none.
             layout: As ForkJoin takes it.
             kv_type: As ForkJoin takes it.
             n_ctx: As ForkJoin takes it.
             threads: As ForkJoin takes it.
+            read: As ForkJoin takes it.
 
         Raises:
             InputError, MachineError: As find_model and ForkJoin.
         """
+        check_read(read)
         split_kv_type(kv_type)  # a mistake is said before a model is loaded
         model = Model.load(find_model(name, progress) if progress else find_model(name))
         try:
             return cls(
-                model, adapter=find_adapter(adapter, name), layout=layout, kv_type=kv_type, n_ctx=n_ctx, threads=threads
+                model,
+                adapter=find_adapter(adapter, name),
+                layout=layout,
+                kv_type=kv_type,
+                n_ctx=n_ctx,
+                threads=threads,
+                read=read,
+                progress=progress or no_progress,
             )
         except BaseException:
             model.close()
@@ -132,8 +158,8 @@ class ForkJoin:
         Args:
             task: What the job is about: a text, or messages (Request.task).
             branches: Instructions, or Branch objects.
-            options: join, system, synthesize, mode, compare, sampling, answer, save, keep, room, tools, limits and
-                stopped, as Request describes them.
+            options: join, system, synthesize, mode, compare, read, sampling, answer, save, keep, room, tools, limits
+                and stopped, as Request describes them.
 
         Raises:
             InputError: Something is wrong or does not fit; found before any work is done.
@@ -181,7 +207,41 @@ class ForkJoin:
         request = Request(task=task, branches=branches, system=system, synthesize="", sampling=sampling)
         return Run(self._plan(request, answer=False), stopped).fork()
 
+    def reading(self, read: Read | None = None, stopped: Stopped = never) -> Reading:
+        """Return what a synthesizer reads again (Request.read).
+
+        Without an adapter, a model that has never been asked for it is measured first, which takes up to a minute; the
+        result is kept on disk.
+
+        Args:
+            read: A share of the tokens, 0 to 1; or "auto"; None for what this ForkJoin was made with.
+            stopped: Asked while the model is measured; once true, it is not.
+
+        Raises:
+            InputError: `read` is neither.
+            EngineError: llama.cpp failed.
+        """
+        read = self._read if read is None else read
+        check_read(read)
+        if read == 0:
+            return Reading(why="as asked for")
+        if self.adapter:
+            trained = Reading(why="as the adapter was trained")
+            return trained if read == "auto" else replace(trained, share=read, why="as asked for")
+        calibration = self._calibrate(stopped)
+        reading = calibration.reading if calibration else UNMEASURED
+        return reading if read == "auto" else replace(reading, share=float(read), auto=False, why="as asked for")
+
+    def _calibrate(self, stopped: Stopped) -> Calibration | None:
+        if self._calibration is None and not self._calibration_failed:
+            self._calibration = calibration_of(
+                self.model, self._options, report=self._progress, patience=_PATIENCE, stopped=stopped
+            )
+            self._calibration_failed = self._calibration is None and not stopped()
+        return self._calibration
+
     def _plan(self, request: Request, *, answer: bool = True) -> Plan:
+        check_read(self._read if request.read is None else request.read)
         setting = Setting(
             model=self.model,
             adapter=self.adapter,
@@ -190,7 +250,13 @@ class ForkJoin:
             n_ctx=self._n_ctx,
             why_not_joinable=why_not_joinable(self.model),
         )
-        return make_plan(request, setting, draw_seed(), answer=answer)
+        seed = draw_seed()
+        plan = make_plan(request, setting, seed, answer=answer)
+        if plan.answer is None or plan.answer.mode == "text":
+            return plan
+        # what is wrong has been said before a model is measured, which takes its time
+        reading = self.reading(request.read, request.stopped)
+        return make_plan(request, replace(setting, reading=reading), seed)
 
     def generate(
         self,

@@ -15,6 +15,7 @@ from pyps.errors import InputError, RefusedError
 from pyps.files import check_writable
 from pyps.forkjoin.branches import Branches, BranchResult, as_list
 from pyps.forkjoin.events import Mode
+from pyps.forkjoin.reading import JOIN_ONLY, Reading
 from pyps.forkjoin.request import Branch, Request
 from pyps.forkjoin.synthesis import ContextOptions
 from pyps.prompts.layout import Instruction, Layout, conversation
@@ -31,6 +32,7 @@ class Setting:
         options: How contexts are made.
         n_ctx: Most cells that any sequence may need, or None for any number.
         why_not_joinable: Why the model's caches cannot be joined, or "" (positions.why_not_joinable).
+        reading: What the synthesizer reads again, in cache mode.
     """
 
     model: Model
@@ -39,6 +41,7 @@ class Setting:
     options: ContextOptions
     n_ctx: int | None
     why_not_joinable: str
+    reading: Reading = JOIN_ONLY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,15 +241,20 @@ def _with_answer(plan: Plan, request: Request, assignment: Assignment, prompt: l
     answer_cells = assignment.max_cells(setting.model)
     results = plan.joined_results
     outputs = [r.tokens for r in results] + [b.max_output for b in plan.branches]
-    cells = plan.branch_point + sum(outputs) + len(prompt)
-    after = answer_cells + request.room
     names = [r.name for r in results] + [b.name for b in plan.branches]
+    labels: list[list[int]] = []
+    if mode == "cache" and setting.reading.labels:
+        labels, prompt = plan.layout.labelled(names)
+    n_labels = sum(map(len, labels))
+    cells = plan.branch_point + sum(outputs) + n_labels + len(prompt)
+    after = answer_cells + request.room
     texts = [r.text for r in results] + [""] * len(plan.branches)
     pasted = len(plan.prefix) + len(plan.layout.pasted(names, texts))
     text_cells = pasted + sum(b.max_output for b in plan.branches) + answer_cells
     if mode == "cache":
         # joined outputs lie side by side: there are cells for all of them, but positions for the longest
-        reach = plan.branch_point + max(outputs) + len(prompt) + answer_cells
+        longest_label = max(map(len, labels), default=0)
+        reach = plan.branch_point + longest_label + max(outputs) + len(prompt) + answer_cells
         _check_fits(setting, "the synthesizer", cells + after, reach)
     if mode == "text" or request.compare:
         _check_fits(setting, "text synthesis", text_cells, text_cells)

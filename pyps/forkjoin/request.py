@@ -10,6 +10,7 @@ from pyps.engine.generate import Stopped, never
 from pyps.engine.sampling import Sampling
 from pyps.forkjoin.branches import Branches
 from pyps.forkjoin.events import Mode
+from pyps.forkjoin.reading import Read
 from pyps.prompts.layout import DEFAULT_SYNTHESIZE, Message
 
 
@@ -53,6 +54,9 @@ class Request:
         synthesize: The synthesizer's instruction.
         mode: "cache" joins the branches' caches; "text" pastes their texts and reads them again.
         compare: In cache mode, run text synthesis on the same branches afterwards.
+        read: In cache mode, the share of the branches' tokens that the synthesizer reads again, 0 to 1; "auto" for what
+            the adapter was trained for, or for what this model was found to need to answer as from texts; None for what
+            the ForkJoin says.
         sampling: Of the branches; None for the defaults. Branches get consecutive seeds.
         answer: Sampling of the answer; None for that of the branches. Its seed is the first branch's if it has none.
         save: A file for the branches that this run generates, to be joined later (ForkJoin.load).
@@ -71,6 +75,7 @@ class Request:
     synthesize: str = DEFAULT_SYNTHESIZE
     mode: Mode = "cache"
     compare: bool = False
+    read: Read | None = None
     sampling: Sampling | None = None
     answer: Sampling | None = None
     save: Path | None = None
@@ -89,6 +94,7 @@ class Options(TypedDict, total=False):
     synthesize: str
     mode: Mode
     compare: bool
+    read: Read | None
     sampling: Sampling | None
     answer: Sampling | None
     save: Path | None

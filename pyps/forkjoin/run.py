@@ -26,8 +26,9 @@ from pyps.forkjoin.events import (
     ToolCalled,
 )
 from pyps.forkjoin.plan import Plan, PlannedAnswer
+from pyps.forkjoin.reading import Again, again_of
 from pyps.forkjoin.slots import write_slots
-from pyps.forkjoin.synthesis import Synthesizer, placement
+from pyps.forkjoin.synthesis import Output, Synthesizer, placement
 
 
 def finish_reason(reason: FinishReason | None) -> FinishReason:
@@ -68,13 +69,14 @@ class _SpokenAnswer:
     prefill_ms: float
     total_ms: float
 
-    def synthesis(self, tokens: Tokens, timing: Timing) -> Synthesis:
+    def synthesis(self, tokens: Tokens, timing: Timing, reading: str = "") -> Synthesis:
         return Synthesis(
             answer=self.agent.answer,
             finish_reason=finish_reason(self.agent.turn.finish_reason),
             tokens=replace(tokens, generated=len(self.agent.tokens_of(self.agent.stretches("final")))),
             timing_ms=timing,
             calls=tuple(self.agent.calls),
+            reading=reading,
         )
 
 
@@ -164,6 +166,7 @@ class Run:
                 compare=compare,
                 interrupted=self._stopped(),
                 calls=synthesis.calls,
+                reading=synthesis.reading,
                 kept=kept_answer,
             )
         )
@@ -174,9 +177,10 @@ class Run:
 
     def _open_synthesizer(self, answer: PlannedAnswer) -> Synthesizer:
         setting = self._plan.setting
+        most_again = int(setting.reading.share * answer.cells)
         return Synthesizer(
             self._model,
-            prompt=len(answer.prompt),
+            prompt=max(len(answer.prompt), most_again),
             cells=answer.cells,
             after=answer.after,
             options=setting.options,
@@ -245,20 +249,30 @@ class Run:
         plan, adapter = self._plan, self._plan.setting.adapter
         began = time.perf_counter()
         outputs = [output for branches in (*plan.joins, forked.branches) for output in branches.outputs]
+        again = self._choose_again(outputs, answer)
         starts = placement(
             plan.branch_point,
             [len(output) for output in outputs],
             in_order=bool(adapter and adapter.in_order),
+            labels=[len(label) for label in again.labels] if again else (),
             after=len(answer.prompt) + answer.assignment.max_cells(self._model),
             n_positions=self._model.n_ctx_train,
         )
-        n_cells = synthesizer.join(outputs, starts, adapter.mapper if adapter else None)
+        n_cells = synthesizer.join(outputs, starts, adapter.mapper if adapter else None, again)
         join_ms = _ms_since(began)
-        yield Joined(n_cells, join_ms)
+        n_again, n_labels, again_ms = 0, 0, 0.0
+        if again:
+            n_again, n_labels, reading = again.n_again, again.n_labels, time.perf_counter()
+            synthesizer.read_again(outputs, starts, again)
+            synthesizer.reader.synchronize()
+            again_ms = _ms_since(reading)
+        yield Joined(n_cells, join_ms, n_again, again_ms)
         spoken = yield from self._speak(synthesizer, answer, answer.prompt, "cache")
+        ttft = forked.flush_ms + join_ms + again_ms + spoken.prefill_ms
         synthesis = spoken.synthesis(
-            Tokens(joined=n_cells, prefilled=len(answer.prompt), generated=0),
-            Timing(join=join_ms, prefill=spoken.prefill_ms, ttft=forked.flush_ms + join_ms + spoken.prefill_ms),
+            Tokens(joined=n_cells, prefilled=n_labels + len(answer.prompt), generated=0, again=n_again),
+            Timing(join=join_ms, again=again_ms, prefill=spoken.prefill_ms, ttft=ttft),
+            reading=again.why if again else plan.setting.reading.why,
         )
         spans = spoken.agent.stretches("final")
         tokens = spoken.agent.tokens_of(spans)
@@ -271,6 +285,14 @@ class Run:
             calls=synthesis.calls,
         )
         return synthesis, Cached(result, 0, spans, tokens)
+
+    def _choose_again(self, outputs: Sequence[Output], answer: PlannedAnswer) -> Again | None:
+        """Return what the synthesizer reads again, now that the branches' texts are there; None for nothing at all."""
+        plan, reading = self._plan, self._plan.setting.reading
+        labels = plan.layout.labelled([output.name for output in outputs])[0] if reading.labels else []
+        question = f"{plan.task}\n{answer.assignment.instruction}"
+        tokens = [output.tokens for output in outputs]
+        return again_of(self._model, reading, question, tokens, labels, len(answer.prompt))
 
     def _answer_from_texts(
         self, ctx: Context, answer: PlannedAnswer, results: Sequence[BranchResult]

@@ -1,7 +1,7 @@
 """The join's protocol: from finished branches to a synthesizer that has read its prompt.
 
     placement    where each branch's output begins in the synthesizer
-    join         re-encode, map and place the outputs of all branches
+    join         re-encode, correct, map and place the outputs of all branches; read some of them again
     read         the synthesizer's prompt, up to the token that the answer's first one is sampled after
 
 A run, `pyps eval`, `pyps bench` and training all go through here, so that what is measured is what runs.
@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pyps.adapters.adapter import Adapter
 from pyps.adapters.mapper import Mapper
 from pyps.engine.context import Context, prefers_flash_attn
 from pyps.engine.join import Span, join
 from pyps.engine.model import Model
 from pyps.engine.positions import rotated_layers, why_not_joinable
+from pyps.forkjoin.reading import Again
 
 # On a CPU llama.cpp's own flash attention has its tiled kernel from 64 tokens on, and is far slower with fewer; from
 # twice as many on it gains more than moving the cells costs.
@@ -83,14 +87,19 @@ class ContextOptions:
 
 @dataclass(frozen=True)
 class Output:
-    """Where what a branch gives to the synthesizer lies: stretches [start, end) of one sequence's positions."""
+    """What a branch gives to the synthesizer: stretches [start, end) of one sequence's positions, and their tokens.
+
+    The name is for the label before it.
+    """
 
     ctx: Context
     seq: int
     stretches: tuple[tuple[int, int], ...]
+    tokens: Sequence[int]
+    name: str = ""
 
     def __len__(self) -> int:
-        return sum(end - start for start, end in self.stretches)
+        return len(self.tokens)
 
 
 def placement(
@@ -98,26 +107,41 @@ def placement(
     lengths: Sequence[int],
     *,
     in_order: bool = False,
+    labels: Sequence[int] = (),
     after: int = 0,
     n_positions: int | None = None,
 ) -> list[int]:
     """Return the position at which each branch's output begins after the join (docs/method.md, section 1).
 
-    All begin at the branch point; or, for an adapter that was trained so, one after the other in the branches' order,
-    as their texts would. If the model has too few positions for that, all begin at the branch point, where there is
-    room for more.
+    All begin at the branch point; or, for an adapter that was trained so, or with labels between them, one after the
+    other in the branches' order, as their texts would. If the model has too few positions for that, all begin at the
+    branch point, or behind the longest label there: that leaves room for more.
 
     Args:
         branch_point: The position that branches forked from.
         lengths: Tokens of each output.
         in_order: Whether the adapter asks for outputs one after the other.
+        labels: Tokens of the label before each output; empty for none.
         after: Tokens that the synthesizer may need behind the outputs.
         n_positions: Positions that the model was trained on; None for any number.
     """
-    end = branch_point + sum(lengths) + after
-    if not in_order or (n_positions is not None and end > n_positions):
-        return [branch_point] * len(lengths)
-    return [branch_point + sum(lengths[:i]) for i in range(len(lengths))]
+    before = list(labels) or [0] * len(lengths)
+    end = branch_point + sum(lengths) + sum(before) + after
+    if not (in_order or labels) or (n_positions is not None and end > n_positions):
+        return [branch_point + max(before, default=0)] * len(lengths)
+    return [branch_point + sum(lengths[:i]) + sum(before[: i + 1]) for i in range(len(lengths))]
+
+
+def _spans(output: Output, start: int, choice: NDArray[np.bool_] | None) -> list[Span]:
+    """Return the spans of an output that are joined; what lies between its stretches leaves no gap."""
+    spans = []
+    n = 0
+    for first, end in output.stretches:
+        joined = np.ones(end - first, np.int8) if choice is None else 1 - choice[n : n + end - first].astype(np.int8)
+        edges = np.flatnonzero(np.diff(joined, prepend=0, append=0)).reshape(-1, 2)
+        spans += [Span(output.seq, first + a, first + b, start + n + a) for a, b in edges.tolist()]
+        n += end - first
+    return spans
 
 
 class Synthesizer:
@@ -189,13 +213,20 @@ class Synthesizer:
         if n:
             join(source, self.reader, [Span(seq, 0, n, 0)])
 
-    def join(self, outputs: Sequence[Output], starts: Sequence[int], mapper: Mapper | None = None) -> int:
+    def join(
+        self,
+        outputs: Sequence[Output],
+        starts: Sequence[int],
+        mapper: Mapper | None = None,
+        again: Again | None = None,
+    ) -> int:
         """Place the outputs of branches, none of them empty, at the positions that `placement` gives.
 
         Args:
             outputs: Of each branch; those in one context are placed by one native join.
             starts: The position at which each begins.
             mapper: Gives the coefficients of each branch and layer; None for the identity.
+            again: What is not joined, since `read_again` reads it, and what the rest goes through; None for nothing.
 
         Returns:
             The number of cells placed.
@@ -212,14 +243,29 @@ class Synthesizer:
             spans: list[Span] = []
             branch_of_span: list[int] = []
             for i in group:
-                to = starts[i]
-                for start, end in outputs[i].stretches:
-                    spans.append(Span(outputs[i].seq, start, end, to))
-                    branch_of_span.append(i)
-                    to += end - start  # what lies between the stretches leaves no gap
-            chosen = None if coefficients is None else coefficients[branch_of_span]
-            n_cells += join(ctx, self.reader, spans, 0, chosen)
+                own = _spans(outputs[i], starts[i], again.choice[i] if again else None)
+                spans += own
+                branch_of_span += [i] * len(own)
+            if spans:
+                chosen = None if coefficients is None else coefficients[branch_of_span]
+                n_cells += join(ctx, self.reader, spans, 0, chosen, correction=again.correction if again else ())
         return n_cells
+
+    def read_again(self, outputs: Sequence[Output], starts: Sequence[int], again: Again) -> None:
+        """Compute labels and chosen tokens between the joined ones, all in sight of what is before them.
+
+        The arguments are those of `join`. Raises InputError and EngineError as Context.decode_at.
+        """
+        tokens: list[int] = []
+        positions: list[int] = []
+        for label, start in zip(again.labels, starts, strict=False):
+            tokens += label
+            positions += range(start - len(label), start)
+        for output, start, choice in zip(outputs, starts, again.choice, strict=True):
+            at = np.flatnonzero(choice).tolist()
+            tokens += [output.tokens[i] for i in at]
+            positions += [start + i for i in at]
+        self.reader.decode_at(0, tokens, positions)
 
     def read(self, prompt: Sequence[int]) -> list[int]:
         """Read a prompt behind what the reader holds, and move all of it to the decoder, which must be empty.

@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
 
 from pyps.adapters.adapter import Adapter
 from pyps.engine import kernels
@@ -39,10 +41,12 @@ from pyps.engine.sampling import Sampler, Sampling
 from pyps.engine.tuned import cpu_name, tuned
 from pyps.errors import InputError, PypsError
 from pyps.forkjoin import ForkJoin
+from pyps.forkjoin.reading import HEAD, JOIN_ONLY, Again, Reading
 from pyps.forkjoin.synthesis import ContextOptions, Output, Synthesizer, placement
 from pyps.measure.bounds import Rates, least_ms, measure_rates
 from pyps.measure.reports import BenchReport, BenchRow, Machine, Median
 
+_LABEL = 6  # tokens of the line before an output, as "[branch-1]" has
 _INSTRUCTION = 16  # tokens that a branch is told before it writes
 _DECODED = 16  # tokens of each branch over which the decoding rate is taken
 _TEXT_SETTINGS = tuple(product((False, True), (256, 512, 2048)))  # flash attention, tokens computed at once
@@ -84,6 +88,7 @@ def run_bench(
     path: Path,
     repeat: int,
     name: str | None = None,
+    reading: Reading = JOIN_ONLY,
     kv_type: str = "f16",
     threads: int | None = None,
     report: Progress = no_progress,
@@ -97,6 +102,7 @@ def run_bench(
         path: The model's file.
         repeat: Rounds for the medians.
         name: What the report calls the model; None for its file's name.
+        reading: What the synthesizer reads again.
         kv_type: Type of K and V in the caches.
         threads: Threads of each context; None for what suits the model on this machine.
         report: Called with what is being measured and the fraction that is done.
@@ -119,6 +125,7 @@ def run_bench(
         cases,
         repeat=repeat,
         rates=rates,
+        reading=reading,
         kv_type=kv_type,
         threads=threads,
         report=report,
@@ -147,6 +154,7 @@ def measure(
     *,
     repeat: int,
     rates: Rates | None = None,
+    reading: Reading = JOIN_ONLY,
     kv_type: str = "f16",
     threads: int | None = None,
     report: Progress = no_progress,
@@ -161,6 +169,7 @@ def measure(
         cases: What to measure.
         repeat: Rounds for the medians; one more, before them, warms up.
         rates: What the machine can do, for the bounds; None leaves them out.
+        reading: What the synthesizer reads again: as many tokens, at places of their usual length.
         kv_type: Type of K and V in the caches.
         threads: Threads of each context; None for what suits the model on this machine.
         report: Called with the case and the fraction that is done.
@@ -178,7 +187,7 @@ def measure(
     for i, case in enumerate(cases):
         what = f"{case.branches} x {case.tokens} tokens, prompt {case.prompt}"
         report(what, i / len(cases))
-        with _Sides(model, adapter, layout, case, options) as sides:
+        with _Sides(model, adapter, layout, case, options, reading) as sides:
             for n in range(repeat + 1):  # the first warms up
                 if stopped():
                     return
@@ -188,10 +197,31 @@ def measure(
     report("done", 1.0)
 
 
+def _places(n: int, share: float) -> NDArray[np.bool_]:
+    """Return a share of n tokens: the first ones, and places of nine tokens at even distances.
+
+    A word of one token with four on either side takes nine.
+    """
+    places = np.zeros(n, np.bool_)
+    places[:HEAD] = share > 0
+    budget = int(share * n)
+    for start in np.linspace(HEAD, n, max((budget - HEAD) // 9, 0) + 1, dtype=int)[:-1]:
+        places[start : start + 9] = True
+    return places
+
+
 class _Sides:
     """The contexts of one case, filled once."""
 
-    def __init__(self, model: Model, adapter: Adapter | None, layout: str, case: Case, options: ContextOptions) -> None:
+    def __init__(
+        self,
+        model: Model,
+        adapter: Adapter | None,
+        layout: str,
+        case: Case,
+        options: ContextOptions,
+        reading: Reading,
+    ) -> None:
         self._model, self._adapter, self._layout, self._case, self._options = model, adapter, layout, case, options
         self._times: dict[str, list[float]] = {}
         self._contexts: list[Context] = []
@@ -204,10 +234,17 @@ class _Sides:
         self._branch_point = case.task if shared else 0
         self._synthesizer_prompt = self._prompt if shared else self._prefix + self._prompt
         self._start = case.task + _INSTRUCTION  # where outputs stand in their branches
+        labels = [_tokens(model, _LABEL, 5 * i + 2) for i in range(case.branches)] if reading.labels else []
+        self._again = None
+        if not reading.joins_only:
+            choice = [_places(case.tokens, reading.share)] * case.branches
+            self._again = Again(labels=labels, choice=choice, correction=reading.correction)
+        self._pasted = [*(labels or [[]] * case.branches)]  # in front of each output in text synthesis
         self._starts = placement(
             self._branch_point,
             [case.tokens] * case.branches,
             in_order=bool(adapter and adapter.in_order),
+            labels=[len(label) for label in labels],
             after=len(self._synthesizer_prompt) + 1,
             n_positions=model.n_ctx_train,
         )
@@ -288,11 +325,13 @@ class _Sides:
     def _cache(self) -> dict[str, float]:
         c, synthesizer = self._case, self.synthesizer
         stretch = (self._start, self._start + c.tokens)
-        outputs = [Output(self._branches, seq, (stretch,)) for seq in range(c.branches)]
+        outputs = [Output(self._branches, seq, (stretch,), self._outputs[seq]) for seq in range(c.branches)]
         synthesizer.forget(self._branch_point)
         began = time.perf_counter()
-        synthesizer.join(outputs, self._starts, self._adapter.mapper if self._adapter else None)
+        synthesizer.join(outputs, self._starts, self._adapter.mapper if self._adapter else None, self._again)
         joined = time.perf_counter()
+        if self._again:
+            synthesizer.read_again(outputs, self._starts, self._again)
         self._first_token(synthesizer.decoder, synthesizer.read(self._synthesizer_prompt))
         ended = time.perf_counter()
 
@@ -327,7 +366,8 @@ class _Sides:
         return self._best
 
     def _text(self, ctx: Context) -> float:
-        tail = [token for output in self._outputs for token in output] + self._prompt
+        notes = [label + output for label, output in zip(self._pasted, self._outputs, strict=True)]
+        tail = [token for note in notes for token in note] + self._prompt
         ctx.remove(0, self._case.task)
         began = time.perf_counter()
         self._first_token(ctx, tail)

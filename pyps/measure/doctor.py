@@ -16,6 +16,8 @@ from pyps.engine.model import Model
 from pyps.engine.positions import why_not_joinable
 from pyps.engine.tuned import Tuned, allowed_cpus, default_threads, write_tuned
 from pyps.errors import InputError, RefusedError
+from pyps.forkjoin.calibration import Calibration, calibration_of
+from pyps.forkjoin.synthesis import ContextOptions
 from pyps.prompts.layout import Layout
 
 
@@ -33,6 +35,8 @@ class ModelReport:
         chat: Empty if its chat template can be used; otherwise what is wrong with it.
         kv_types: For each type of K and V: empty, or why the model cannot have it.
         tuned: What suits the model on this machine; None for models that pyps does not run.
+        calibration: How near its answers from joined caches are to those from texts, without an adapter; None if that
+            could not be measured.
     """
 
     file: str
@@ -44,6 +48,7 @@ class ModelReport:
     chat: str
     kv_types: dict[str, str]
     tuned: Tuned | None
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +88,14 @@ class DoctorReport:
 
     def to_json(self) -> str:
         """Return the report as a JSON object."""
-        return json.dumps(asdict(self), ensure_ascii=False, indent=2)
+        report = asdict(self)
+        if self.model and (calibration := self.model.calibration):
+            reading = {
+                "share": calibration.reading.share,
+                "why": calibration.reading.why,
+            }  # without its thousands of lines
+            report["model"]["calibration"] |= {"reading": reading}
+        return json.dumps(report, ensure_ascii=False, indent=2)
 
     def to_text(self) -> str:
         """Return the report as lines for people."""
@@ -112,7 +124,28 @@ class DoctorReport:
                 lines.append(
                     f"fastest here      {m.tuned.threads} threads, {m.tuned.batch:,} tokens at once; used from now on"
                 )
+            if m.calibration:
+                lines += ["", *_curve(m.calibration)]
         return "\n".join(lines)
+
+
+def _curve(calibration: Calibration) -> list[str]:
+    """Return lines for people on how near answers from joined caches are to those from texts."""
+    lines = [
+        f"without an adapter, {calibration.jobs} built-in jobs  KL to text  first token  same token     ms",
+    ]
+    for p in calibration.points:
+        name = f"joined and corrected, {p.share:.0%} read again" if p.way == "read" else _WAYS[p.way]
+        lines.append(f"  {name:<40}{p.kl:>10.3f}{p.kl_first:>13.3f}{p.agreement:>12.0%}{p.ttft_ms:>7.0f}")
+    reading = calibration.reading
+    return [*lines, f"read again          {reading.share:.0%}, {reading.why}; used from now on"]
+
+
+_WAYS = {
+    "text": "text",
+    "text, backwards": "text, the last branch first",
+    "join": "joined, nothing read again",
+}
 
 
 def examine(path: Path | None, report: Progress = no_progress) -> DoctorReport:
@@ -186,9 +219,17 @@ def _examine_model(path: Path, report: Progress) -> ModelReport:
             chat=template,
             kv_types=kv_types,
             tuned=_tune(model),
+            calibration=_calibrate(model, report),
         )
     finally:
         model.close()
+
+
+def _calibrate(model: Model, report: Progress) -> Calibration | None:
+    """Measure a model anew, however long it takes, where its caches can be joined and the built-in jobs fit it."""
+    if why_not_joinable(model):
+        return None
+    return calibration_of(model, ContextOptions(), report=report, anew=True)
 
 
 _SURELY = 0.95  # of the default's time: what is not faster by this much may be noise

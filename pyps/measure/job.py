@@ -28,6 +28,7 @@ from pyps.engine.tuned import tuned
 from pyps.errors import InputError
 from pyps.forkjoin import ForkJoin
 from pyps.forkjoin.plan import Plan, Setting, make_plan
+from pyps.forkjoin.reading import Read
 from pyps.forkjoin.request import Request
 from pyps.forkjoin.synthesis import ContextOptions
 from pyps.measure.reports import JobRow, Median, StepRow
@@ -47,6 +48,7 @@ def measure_jobs(
     *,
     answer: int,
     repeat: int,
+    read: Read | None = None,
     kv_type: str = "f16",
     threads: int | None = None,
     report: Progress = no_progress,
@@ -60,6 +62,7 @@ def measure_jobs(
         sizes: Number of branches and tokens of each.
         answer: Tokens of the answer.
         repeat: Rounds for the medians; one more, before them, warms up.
+        read: What the synthesizer reads again (Request.read).
         kv_type: Type of K and V in pyps's caches; the Llama's are f16, as they are by default.
         threads: Threads of each context; None for what suits the model on this machine.
         report: Called with what is being measured and the fraction that is done.
@@ -82,6 +85,7 @@ def measure_jobs(
         request = Request(
             task=TASK,
             branches=[BRANCHES[n % len(BRANCHES)] for n in range(branches)],
+            read=read,
             sampling=Sampling(max_tokens=tokens, seed=1, ignore_eos=True),
             answer=Sampling(max_tokens=answer, seed=1, ignore_eos=True),
         )
@@ -117,6 +121,7 @@ def _words(request: Request) -> dict[str, Any]:
     return {
         "task": request.task,
         "branches": list(request.branches),
+        "read": request.read,
         "sampling": request.sampling,
         "answer": request.answer,
     }

@@ -231,6 +231,7 @@ class Outcome:
         kl_first: Divergence of the first of those tokens.
         agreement: Share of those tokens for which the most likely token is the same.
         ttft_ms: Milliseconds from the branches' last token to the answer's first.
+        again: Share of the branches' tokens that were read again; 1 from texts.
     """
 
     mode: str
@@ -241,6 +242,7 @@ class Outcome:
     kl_first: float
     agreement: float
     ttft_ms: float
+    again: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +257,9 @@ class Scores:
         kl_first: Mean of the outcomes' `kl_first`, nats.
         agreement: Mean of the outcomes' `agreement`.
         ttft_ms: Median of the outcomes' `ttft_ms`.
+        again: Mean of the outcomes' `again`.
+        difference: Right answers more than text synthesis gave, as a share; None as for the accuracy.
+        difference_95: Its 95 % interval, of the paired answers.
     """
 
     examples: int
@@ -264,6 +269,9 @@ class Scores:
     kl_first: float
     agreement: float
     ttft_ms: float
+    again: float = 0.0
+    difference: float | None = None
+    difference_95: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +289,7 @@ class EvaluationReport:
         model: The model's name.
         adapter: The adapter's file, if there is one.
         layout: The prompt layout.
+        reading: What a run reads again, and why.
         modes: The scores of each mode, by its name.
         outcomes: Every mode's answer to every example.
     """
@@ -288,6 +297,7 @@ class EvaluationReport:
     model: str
     adapter: str | None
     layout: str
+    reading: str = ""
     modes: dict[str, ModeScores]
     outcomes: tuple[Outcome, ...]
 

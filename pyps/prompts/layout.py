@@ -31,6 +31,10 @@ _REST = "\ue000"
 _ANSWER, _NEXT = "\ue003", "\ue004"  # for an answer, and what the user says to it
 
 
+# in text synthesis: between the notes and the instruction after them, and between a note's name and its text
+_BETWEEN, _AFTER_LABEL = "\n\n", "\n"
+
+
 @dataclass(frozen=True)
 class Instruction:
     """What one branch is told.
@@ -129,13 +133,27 @@ class Layout:
         frame = _Frame(self._model, conversation(task, system))
         return frame.prefix + frame.after_prefix(instruction.text)
 
+    def labelled(self, names: Sequence[str]) -> tuple[list[list[int]], list[int]]:
+        """Return the label before each output, and the synthesizer's prompt after the last, for one that reads labels.
+
+        In the shared layout they are what text synthesis has in the same places.
+        """
+        first = self._frame.before_text if self._name == "shared" else ""
+        texts = [self._model.as_data(f"[{name}]") for name in names]
+        labels = [
+            self._model.tokenize(f"{_BETWEEN if i else first}{text}{_AFTER_LABEL}") for i, text in enumerate(texts)
+        ]
+        if self._name == "shared":
+            return labels, self._frame.after_notes(self._synthesize)
+        return labels, self._frame.prefix + self._frame.after_prefix(self._synthesize)
+
     def pasted(self, names: Sequence[str], texts: Sequence[str]) -> list[int]:
         """Return what follows the prefix in text synthesis, where the branches' texts are pasted into the user's turn.
 
         It is the same in both layouts: whoever pastes texts can keep the prefix.
         """
-        notes = "\n\n".join(f"[{name}]\n{text.strip()}" for name, text in zip(names, texts, strict=True))
-        return self._frame.after_prefix(f"{notes}\n\n{self._synthesize}")
+        notes = [f"[{name}]{_AFTER_LABEL}{text.strip()}" for name, text in zip(names, texts, strict=True)]
+        return self._frame.after_prefix(_BETWEEN.join([*notes, self._synthesize]))
 
 
 def conversation(task: str | Sequence[Message], system: str | None) -> list[dict[str, str]]:
@@ -184,6 +202,7 @@ class _Frame:
 
     Attributes:
         prefix: Tokens up to there.
+        before_text: What comes between the prefix and what the user goes on to say.
     """
 
     def __init__(self, model: Model, messages: Sequence[Message]) -> None:
@@ -192,12 +211,12 @@ class _Frame:
         if messages[-1]["role"] == "user":
             marked[-1]["content"] = model.as_data(messages[-1]["content"].strip()) + _REST
             head, self._tail = self._cut(model.render_chat(marked))
-            self._before_text, self._without_text = "\n\n", self._tail
+            self.before_text, self._without_text = _BETWEEN, self._tail
         else:
             whole, self._tail = self._cut(model.render_chat([*marked, {"role": "user", "content": _REST}]))
             closed = model.render_chat(marked)
             head = whole[: _n_common(whole, closed)]
-            self._before_text, self._without_text = whole[len(head) :], closed[len(head) :]
+            self.before_text, self._without_text = whole[len(head) :], closed[len(head) :]
         self.prefix = model.tokenize(head, start=True)
 
     def _cut(self, prompt: str) -> tuple[str, str]:
@@ -211,7 +230,11 @@ class _Frame:
     def after_prefix(self, text: str) -> list[int]:
         """Return the tokens of what the user goes on to say, and of the header of the assistant's turn."""
         text = self._model.as_data(text.strip())
-        return self._model.tokenize(f"{self._before_text}{text}{self._tail}" if text else self._without_text)
+        return self._model.tokenize(f"{self.before_text}{text}{self._tail}" if text else self._without_text)
+
+    def after_notes(self, text: str) -> list[int]:
+        """Return the tokens of what the user says after the notes, and of the header of the assistant's turn."""
+        return self._model.tokenize(f"{_BETWEEN}{self._model.as_data(text.strip())}{self._tail}")
 
 
 def _n_common(a: Sequence[object], b: Sequence[object]) -> int:

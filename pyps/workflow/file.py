@@ -13,7 +13,7 @@ The answer of a step is {{ options }} for the steps after it, and with `join` it
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -158,6 +158,8 @@ class Step(_Strict):
         branches: What runs in parallel.
         join: Earlier steps whose answers are joined, before the branches.
         synthesize: The synthesizer's instruction.
+        read: The share of the branches' tokens that the synthesizer reads again, 0 to 1, or "auto"; None for what the
+            run says.
         sampling: Parameters for the branches.
         answer: Parameters for the answer that differ from those.
         tools: Tools that the synthesizer may call before it answers.
@@ -172,6 +174,7 @@ class Step(_Strict):
     branches: list[BranchSpec] = []
     join: list[str] = []
     synthesize: str = DEFAULT_SYNTHESIZE
+    read: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] | None = None
     sampling: SamplingOptions = SamplingOptions()
     answer: SamplingOptions = SamplingOptions()
     tools: list[ToolSpec] = []

@@ -86,6 +86,7 @@ def run_workflow(
                     system=render(system) if (system := step.system or workflow.system) else None,
                     synthesize=render(step.synthesize),
                     compare=compare,
+                    read=step.read,
                     sampling=step_sampling,
                     answer=_answer_sampling(step, step_sampling),
                     keep=step.name in later[i],
