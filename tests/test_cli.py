@@ -58,12 +58,13 @@ def test_json_keeps_its_contract() -> None:
     done = pyps("run", TASK, *BRANCHES, *QUICK, "--compare", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    timing = {"branches", "join", "prefill", "ttft", "total"}
-    tokens = {"joined", "prefilled", "generated"}
+    timing = {"branches", "join", "again", "prefill", "ttft", "total"}
+    tokens = {"joined", "prefilled", "generated", "again"}
     assert {"model", "adapter", "mode", "answer", "branches", "tokens", "timing_ms", "compare"} <= set(result)
     assert isinstance(result["model"], str)
     assert result["adapter"].endswith("smollm2-135m-instruct.gguf")
     assert result["mode"] == "cache"
+    assert (result["tokens"]["again"], result["reading"]) == (0, "as the adapter was trained")
     assert isinstance(result["answer"], str)
     assert set(result["tokens"]) == set(result["compare"]["tokens"]) == tokens
     assert set(result["timing_ms"]) == set(result["compare"]["timing_ms"]) == timing

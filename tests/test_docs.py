@@ -28,6 +28,7 @@ PAGES = {
     "slots": " --max-tokens 16 --temperature 0",
     "data": "",
     "doctor": "",
+    "reading": " --max-tokens 8 --temperature 0",
     "eval": " --limit 1 --max-tokens 8",
     "bench": " --branches 2 --tokens 8 --prompt 4 --task 4 --repeat 1",
     "kernels": " --branches 2 --tokens 8 --prompt 4 --task 4 --repeat 1",

@@ -119,7 +119,7 @@ def test_the_command(tmp_path: Path, data: Path) -> None:
 
     plain = pyps(*words, "--adapter", "none")
     assert plain.returncode == 0, plain.stderr
-    assert [line.split("  ")[0] for line in plain.stdout.splitlines()[2:5]] == ["text", "text, backwards", "cache"]
+    assert [line.split("  ")[0] for line in plain.stdout.splitlines()[3:6]] == ["text", "text, backwards", "cache"]
     assert "adapter" not in plain.stdout
 
 

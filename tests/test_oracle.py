@@ -25,7 +25,7 @@ from support.tiny import mapper_metadata, write_adapter, write_model
 
 from pyps.adapters.adapter import Adapter
 from pyps.adapters.format import read_mapper
-from pyps.engine import kernels
+from pyps.engine import kernels, native
 from pyps.engine.context import Context, Token, needs_flash_attn
 from pyps.engine.find import find_model, requantise
 from pyps.engine.join import Span, join
@@ -76,6 +76,7 @@ KV_TYPES = {
     "f16/q4_0": ("llama-64", "gemma3-64"),
 }
 _FIRST = (("f32", False), ("f16", False), ("q8_0", True))  # of the real model, in `make test`
+_AT_ONCE = 16  # tokens that are read again at once
 FLOOR = 1e-5  # float32 angles and sums: the part of the error that no cache type explains
 
 
@@ -272,3 +273,106 @@ def test_the_runtime_computes_what_the_oracle_computes(
     # each greedy token is the oracle's, or as good as it within the error
     margin = want[len(want) - 21 : -1].max(axis=1) - want[range(len(want) - 21, len(want) - 1), chosen]
     assert (margin <= 2 * joined.worst).all()
+
+
+# one cache that holds everything, one with windows, one whose keys have no positions in some layers, one with experts
+_AGAIN_MODELS = ("llama", "llama-64", "qwen2", "qwen3moe", "smollm3", "phi3-long", "gemma3-64", "gpt-oss")
+
+
+def again_cases() -> Iterator[Any]:
+    for model, kv_type, flash_attn in itertools.product(_AGAIN_MODELS, ("f32", "f16", "q8_0"), (False, True)):
+        if model not in KV_TYPES[kv_type] or (needs_flash_attn(kv_type) and not flash_attn):
+            continue
+        for flags in itertools.product((False, True), repeat=5):
+            case = Case(model, kv_type, flash_attn, *flags)
+            yield pytest.param(case, id=str(case), marks=[] if case.representative else pytest.mark.exact)
+
+
+def correction_for(twin: Twin) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Lines near the identity, different in every channel."""
+    rng = np.random.default_rng(5)
+    with Context(twin.model, 256) as ctx:
+        ctx.prefill(0, [1])
+        n_layers = native.n_layers(ctx.address)
+    n = twin.model.n_embd_kv  # of K and of V
+
+    def lines() -> np.ndarray:
+        a, b = 1 + 0.1 * rng.standard_normal(n), 0.1 * rng.standard_normal(n)
+        return np.stack([a, b]).astype(np.float32)
+
+    return [(lines(), lines()) for _ in range(n_layers)]
+
+
+@pytest.mark.parametrize("case", list(again_cases()))
+def test_what_is_read_again_is_what_the_oracle_reads(twins: Callable[[str], Twin], case: Case) -> None:
+    """Spans stand side by side or in order ("equal"), corrected or not ("mapped"); a third of their tokens is read
+    again in several batches, in sight of everything."""
+    twin = twins(case.model)
+    oracle, job = twin.oracle, Job(twin, case.prefix, equal=False)
+    in_order, correction = case.equal, correction_for(twin) if case.mapped else []
+    spans = [
+        oracle.encode([*job.prefix, *p, *o], job.span(p, o)) for p, o in zip(job.prompts, job.outputs, strict=True)
+    ]
+    point = len(job.prefix)
+    starts = [point + in_order * sum(map(len, spans[:i])) for i in range(len(spans))]
+    again = [(i, j) for i, o in enumerate(job.outputs) for j in range(len(o)) if (j + i) % 7 < 2]
+    tokens = [job.outputs[i][j] for i, j in again]
+    positions = [starts[i] + j for i, j in again]
+
+    head = oracle.encode(job.prefix, (0, point)) if case.prefix else None
+    corrected = [oracle.correct(span, correction) for span in spans] if correction else spans
+    offsets = [point + sum(map(len, spans[:i])) for i in range(len(spans))]
+    joined = oracle.without(oracle.join(head, corrected, None, in_order), [offsets[i] + j for i, j in again])
+    order = sorted(range(len(again)), key=lambda i: positions[i])
+    for start in range(0, len(order), _AT_ONCE):
+        chosen = order[start : start + _AT_ONCE]
+        at = [positions[i] for i in chosen]
+        joined = oracle.read_again(joined, [tokens[i] for i in chosen], at, case.lora)
+    want = oracle.synthesize(joined, job.question, case.lora)
+
+    layout: dict[str, Any] = {"kv_type": case.kv_type, "flash_attn": case.flash_attn, "unified": case.unified}
+    adapter = twin.adapter if case.lora else None
+    with (
+        Context(twin.model, 512, 4, **layout) as branches,
+        context_with(adapter, twin.model, 512, 2, n_logits=64, n_batch=_AT_ONCE, **layout) as synthesizer,
+    ):
+        for seq, (p, o) in enumerate(zip(job.prompts, job.outputs, strict=True)):
+            branches.prefill(seq, [*job.prefix, *p, *o])
+        if case.prefix:
+            join(branches, synthesizer, [Span(0, 0, point, 0)], 1)
+        pieces = []
+        for seq, (p, o) in enumerate(zip(job.prompts, job.outputs, strict=True)):
+            start, _ = job.span(p, o)
+            for j in range(len(o)):
+                if (seq, j) not in again:
+                    pieces.append(Span(seq, start + j, start + j + 1, starts[seq] + j))
+        join(branches, synthesizer, pieces, 1, correction=correction)
+        synthesizer.decode_at(1, tokens, positions)
+        assert synthesizer.n_cells(1) == point + sum(map(len, job.outputs))
+        end = synthesizer.end(1)
+        synthesizer.decode([Token(t, end + i, 1, logits=True) for i, t in enumerate(job.question)])
+        got = np.stack([synthesizer.logits(i) for i in range(len(job.question))])
+    apart, plain = distance(got, want), twin.error_without_join(case.kv_type, case.flash_attn)
+    assert apart.rms <= 2 * plain.rms + FLOOR
+    assert apart.worst <= 4 * plain.worst + FLOOR
+
+
+@pytest.mark.parametrize("flash_attn", [False, True])
+@pytest.mark.parametrize("model", ["llama", "qwen2", "gemma3", "gpt-oss"])
+def test_reading_everything_again_is_reading_the_text(
+    twins: Callable[[str], Twin], model: str, flash_attn: bool
+) -> None:
+    """In order and at once, or in batches: the logits are those of the same tokens, decoded from the beginning."""
+    twin = twins(model)
+    tokens, question = twin.tokens(90, seed=3), twin.tokens(9, seed=4)
+    want = twin.oracle.plain([*tokens, *question], False)[-9:]
+    plain = twin.error_without_join("f32", flash_attn)
+    for at_once in (512, _AT_ONCE):
+        with Context(twin.model, 512, kv_type="f32", flash_attn=flash_attn, n_logits=16, n_batch=at_once) as ctx:
+            ctx.prefill(0, tokens[:7])
+            before = ctx.logits()
+            ctx.decode_at(0, tokens[7:], list(range(7, 90)))
+            assert (ctx.logits() == before).all(), "the logits of the last decode stay"
+            ctx.decode([Token(t, 90 + i, 0, logits=True) for i, t in enumerate(question)])
+            got = np.stack([ctx.logits(i) for i in range(9)])
+        assert distance(got, want).rms <= 2 * plain.rms + FLOOR

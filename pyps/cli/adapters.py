@@ -105,17 +105,19 @@ _seed = click.option("--seed", default=0, show_default=True, help="Seed of every
     show_default=True,
     help="Share of the questions with the right answer as target; the others teach what text synthesis says.",
 )
+@click.option("--long", is_flag=True, help="Give them branches of 100 to 300 tokens, instead of about 15.")
 @_seed
-def families(folder: Path, n_train: int, n_held_out: int, targets: float, seed: int) -> None:
+def families(folder: Path, n_train: int, n_held_out: int, targets: float, long: bool, seed: int) -> None:
     """Write six families of questions, and open ones.
 
-    The families are: look up, combine, list, compare, majority, contradiction. They go into FOLDER, as train.jsonl and
-    held-out.jsonl; the latter has other entities and other ways to ask. This needs pyps-llama[data].
+    The families are: look up, combine, list, compare, majority, contradiction. With --long, candidates with two
+    conditions to choose by take the place of the majority, and there are no open ones. They go into FOLDER, as
+    train.jsonl and held-out.jsonl; the latter has other entities and other ways to ask. This needs pyps-llama[data].
     """
     from pyps.data import builders
 
-    _write(folder / "train.jsonl", builders.families(n_train, False, seed, targets))
-    _write(folder / "held-out.jsonl", builders.families(n_held_out, True, seed))
+    _write(folder / "train.jsonl", builders.families(n_train, False, seed, targets, long))
+    _write(folder / "held-out.jsonl", builders.families(n_held_out, True, seed, long=long))
 
 
 @data.command()

@@ -282,8 +282,6 @@ def run(
 
     notes = Console(stderr=True)
     with contextlib.ExitStack() as stack:
-        interrupt = stack.enter_context(Interrupt())
-        # a model that has never been run is measured before its first step, which takes its time
         with progress_bar(notes) as progress:
             if notes.is_terminal:
                 progress(f"loading {model}", None)
@@ -299,7 +297,9 @@ def run(
                     read=read,
                 )
             )
+            interrupt = stack.enter_context(Interrupt())
             show_warnings(fj)
+            # a model that has never been run is measured before its first step, which takes its time
             if workflow is not None:
                 steps = run_workflow(
                     fj,

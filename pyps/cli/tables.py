@@ -79,7 +79,7 @@ def show_bench(console: Console, report: "BenchReport") -> None:
         console,
         f"{report.model}{adapter}, {report.layout} layout, {report.kv_type}, task of {report.task} tokens",
         f"{m.cpu}, {m.threads} threads{rates}, llama-cpp-python {m.llama_cpp_python}",
-        f"Medians of {report.repeat}",
+        f"Medians of {report.repeat}" + (f"; read again: {report.reading}" if report.reading else ""),
         "",
         "Time to first token, ms",
     )

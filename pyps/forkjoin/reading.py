@@ -55,6 +55,10 @@ class Reading:
         """Whether nothing is read again: outputs are joined as they are."""
         return not (self.share or self.labels or self.correction)
 
+    def describe(self) -> str:
+        """Return the share and the reason, for people."""
+        return f"{self.share:.0%}, {self.why}"
+
 
 JOIN_ONLY = Reading()  # nothing is read again
 

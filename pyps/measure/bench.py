@@ -133,6 +133,7 @@ def run_bench(
     )
     return BenchReport(
         kernels=kernels.in_use(),
+        reading=reading.describe(),
         model=name or model.name,
         adapter=str(adapter.path) if adapter else None,
         layout=fj.layout,

@@ -137,8 +137,7 @@ def _curve(calibration: Calibration) -> list[str]:
     for p in calibration.points:
         name = f"joined and corrected, {p.share:.0%} read again" if p.way == "read" else _WAYS[p.way]
         lines.append(f"  {name:<40}{p.kl:>10.3f}{p.kl_first:>13.3f}{p.agreement:>12.0%}{p.ttft_ms:>7.0f}")
-    reading = calibration.reading
-    return [*lines, f"read again          {reading.share:.0%}, {reading.why}; used from now on"]
+    return [*lines, f"read again        {calibration.reading.describe()}; used from now on"]
 
 
 _WAYS = {

@@ -110,7 +110,7 @@ def run_evaluation(
 
     `read` is what a run reads again (Request.read).
     """
-    reading = fj.reading(read)
+    reading = fj.reading(read, stopped)
     outcomes = tuple(
         evaluate(
             fj.model,
@@ -131,7 +131,7 @@ def run_evaluation(
         model=fj.model.name,
         adapter=str(fj.adapter.path) if fj.adapter else None,
         layout=fj.layout,
-        reading=f"{reading.share:.0%}, {reading.why}",
+        reading=reading.describe(),
         modes=summarise(outcomes),
         outcomes=outcomes,
     )

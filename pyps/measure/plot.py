@@ -67,8 +67,11 @@ def draw_evaluation(report: EvaluationReport) -> Figure:
     text = report.modes["text"]
     families = list(text.families)
     judged = [name for name in families if text.families[name].accuracy is not None]
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    curve = [mode for name, mode in report.modes.items() if name.endswith("%")]
+    figure = Figure(figsize=(15 if curve else 11, 4), layout="constrained")
+    left, right, *more = figure.subplots(1, 3 if curve else 2, width_ratios=[3, 2, 2] if curve else [3, 2])
+    if curve:
+        _curve(more[0], report, curve)
     modes = {name: [mode.families[f] for f in judged] for name, mode in report.modes.items()}
     _bars(left, modes, judged, "accuracy")
     left.set_ylim(0, 1)
@@ -79,6 +82,18 @@ def draw_evaluation(report: EvaluationReport) -> Figure:
     if judged:
         left.legend(fontsize=8, ncols=3)
     return figure
+
+
+def _curve(axes: Axes, report: EvaluationReport, curve: Sequence[Scores]) -> None:
+    """Draw the KL to text synthesis against the share of tokens that is read again."""
+    axes.plot([mode.again for mode in curve], [mode.kl for mode in curve], "o-", color="C0", label="joined, read again")
+    lines = {"cache": ("joined as it is", "C2"), "text, backwards": ("text, the last branch first", "C1")}
+    for name, (label, colour) in lines.items():
+        axes.axhline(report.modes[name].kl, linestyle="--", color=colour, label=label)
+    axes.set_title("KL against the share read again", fontsize=10)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
 
 
 def draw_bench(report: BenchReport) -> Figure:

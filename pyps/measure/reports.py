@@ -166,6 +166,7 @@ class BenchReport:
 
     Attributes:
         kernels: The name of the kernels in use, or "off".
+        reading: What the synthesizer reads again, and why.
         model: The model's name.
         adapter: The adapter's file, if there is one.
         layout: The prompt layout.
@@ -182,6 +183,7 @@ class BenchReport:
     """
 
     kernels: str = "off"
+    reading: str = ""
     model: str
     adapter: str | None
     layout: str

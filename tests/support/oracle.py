@@ -220,11 +220,12 @@ class Oracle:
 
     @torch.no_grad()
     def _forward(
-        self, model: Any, tokens: Sequence[int], start: int, before: Joined | None
+        self, model: Any, tokens: Sequence[int], at: int | Sequence[int], before: Joined | None
     ) -> tuple[torch.Tensor, Any]:
-        """Logits [tokens, vocab] of tokens at positions from start, after the cells of `before`; and the cache."""
+        """Logits [tokens, vocab] of tokens, after the cells of `before`; and the cache. They are at positions from `at`
+        on, or at these."""
         cache = transformers.DynamicCache()
-        positions = torch.arange(start, start + len(tokens))
+        positions = torch.arange(at, at + len(tokens)) if isinstance(at, int) else torch.tensor(at)
         cells = torch.tensor(before.positions if before else [], dtype=torch.long)
         if before:
             for layer in range(self.n_layers):
@@ -260,13 +261,43 @@ class Oracle:
         v = [layer.values[0, :, start:end] for layer in cache.layers]
         return Span(k, v, start)
 
-    def _rotate(self, k: torch.Tensor, delta: int, layer: int) -> torch.Tensor:
+    def _rotate(self, k: torch.Tensor, delta: int | torch.Tensor, layer: int) -> torch.Tensor:
+        """delta: by how many positions all tokens are moved, or [tokens], by how many each is."""
         rotary = self._base.model.rotary_emb
         kind = "sliding_attention" if self.is_sliding(layer) else "full_attention"
         frequencies = getattr(rotary, f"{kind}_inv_freq", None)  # where layers differ
-        angles = delta * (rotary.inv_freq if frequencies is None else frequencies).double()
+        per_position = (rotary.inv_freq if frequencies is None else frequencies).double()
+        angles = torch.as_tensor(delta).reshape(-1, 1) * per_position
         a, b = k.double().chunk(2, dim=-1)
         return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], dim=-1).float()
+
+    def correct(self, span: Span, correction: Sequence[tuple[np.ndarray, np.ndarray]]) -> Span:
+        """Every channel of K, at position 0, and of V through its own line a·x + b; K stays where it is."""
+        positions = torch.arange(span.start, span.start + len(span))
+        k, v = [], []
+        for layer, lines in enumerate(correction):
+            k_lines, v_lines = (torch.from_numpy(x).reshape(2, -1, 1, self._head_dim) for x in lines)
+            if self._arch in PERMUTED:
+                k_lines = k_lines.reshape(*k_lines.shape[:3], -1, 2).transpose(-1, -2).flatten(-2)
+            moves = self.has_rope(layer)
+            plain = self._rotate(span.k[layer], -positions, layer) if moves else span.k[layer]
+            plain = k_lines[0] * plain + k_lines[1]
+            k.append(self._rotate(plain, positions, layer) if moves else plain)
+            v.append(v_lines[0] * span.v[layer] + v_lines[1])
+        return Span(k, v, span.start)
+
+    def read_again(self, joined: Joined, tokens: Sequence[int], positions: Sequence[int], lora: bool) -> Joined:
+        """The cells and those of tokens at these positions, each of which sees all that is not behind it."""
+        _, cache = self._forward(self._synthesizer if lora else self._base, tokens, positions, joined)
+        k = [layer.keys[0] for layer in cache.layers]
+        v = [layer.values[0] for layer in cache.layers]
+        return Joined(k, v, [*joined.positions, *positions])
+
+    def without(self, joined: Joined, cells: Sequence[int]) -> Joined:
+        """The cells but for these."""
+        rest = [i for i in range(len(joined.positions)) if i not in set(cells)]
+        k, v = ([x[:, rest] for x in parts] for parts in (joined.k, joined.v))
+        return Joined(k, v, [joined.positions[i] for i in rest])
 
     def join(
         self, prefix: Span | None, spans: Sequence[Span], coefficients: np.ndarray | None, in_order: bool = False
