@@ -1,18 +1,22 @@
 """Files of examples, the built-in families, and builders for other data sets."""
 
+import datetime
 import json
 import random
 import re
+from decimal import Decimal
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_cli import pyps
 
 from pyps.data import builders
-from pyps.data.example import Example, read_examples, write_examples
+from pyps.data.example import Example, ExampleBranch, read_examples, write_examples
 from pyps.data.facts import split
 from pyps.data.families import FAMILIES, bare, build, capitalised
 from pyps.data.long_facts import LONG_DOMAINS, LongDomain
@@ -21,6 +25,7 @@ from pyps.data.topics import TOPICS
 from pyps.engine.model import Model
 from pyps.errors import InputError
 from pyps.measure.evaluate import read_suite
+from pyps.train.report import read_log
 
 GOOD: dict[str, Any] = {"task": "Who?", "branches": [{"text": "It was Ann."}], "target": "Ann."}
 
@@ -52,6 +57,134 @@ def test_there_and_back(tmp_path: Path) -> None:
         write_examples(path, [])
     assert read_examples([path]) == examples
     assert len(list(path.parent.iterdir())) == 1
+
+
+# what str.splitlines splits at, and what else a file may lose
+ODD = [
+    "\u2028",
+    "\u2029",
+    "\x85",
+    "\x0b",
+    "\x0c",
+    "\x1c",
+    "\x1d",
+    "\x1e",
+    "\r",
+    "\n",
+    "\r\n",
+    "\ufeff",
+    "\0",
+    "\x1a",
+    "\u200b",
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=ascii)
+def test_odd_characters_go_there_and_back(odd: str, tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    examples = [
+        Example(
+            task=text,
+            branches=[ExampleBranch(prompt=text, text=text, name=text)],
+            synthesize=text,
+            target=text,
+            answer=[text],
+        )
+        for text in (odd, f"In Rome.{odd}Near the river.", f"{odd}a{odd}{odd}")
+    ]
+    write_examples(path, examples)
+    assert read_examples([path]) == examples
+    lines = [json.dumps(GOOD | {"task": f"a{odd}b"}, ensure_ascii=False) for _ in range(2)]
+    path.write_bytes("\n".join(lines).encode())
+    assert [e.task for e in read_examples([path])] == [f"a{odd}b"] * 2
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.text(min_size=1), min_size=1))
+def test_what_is_written_can_be_read(tmp_path: Path, texts: list[str]) -> None:
+    branches = [ExampleBranch(text=text, prompt=text) for text in texts]
+    examples = [Example(task=t, branches=branches, system=t, target=t, answer=texts, program=t) for t in texts]
+    assert write_examples(tmp_path / "d.jsonl", examples) == len(texts)
+    assert read_examples([tmp_path / "d.jsonl"]) == examples
+
+
+@pytest.mark.parametrize("encode", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n", "\r\n\r\n", " \t\n", "\n\ufeff", "\n \ufeff\r\n"])
+@pytest.mark.parametrize("last", [True, False])
+def test_ways_to_write_json_lines(encode: str, end: str, last: bool, tmp_path: Path) -> None:
+    tasks = ["a", "b\u2028", "c\x85d"]
+    text = end.join(json.dumps(GOOD | {"task": task}, ensure_ascii=False) for task in tasks) + end * last
+    (tmp_path / "d.jsonl").write_bytes(text.encode(encode))
+    assert [e.task for e in read_examples([tmp_path / "d.jsonl"])] == tasks
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(GOOD).encode("utf-16"),
+        json.dumps(GOOD).encode("utf-32"),
+        b'{"task": "\xe9", "branches": [{}]}',
+        b'{"task": "\\ud800", "branches": [{}]}',
+        b'{"task": "\\udc00\\ud800", "branches": [{}]}',
+        b'{"task": "\xed\xa0\x80", "branches": [{}]}',
+        b'{"task": "a\nb", "branches": [{}]}',
+        b"[" * 100_000,
+        b'[{"task": "a", "branches": [{}]}]',
+        b"null",
+        b"\0\0\0\0",
+        b'{"task": null, "branches": [{}]}',
+        b'{"task": "a", "branches": [null]}',
+        b'{"task": "a", "branches": [{"text": ["b"]}]}',
+        b'{"task": "a", "branches": [{}], "answer": [5]}',
+    ],
+)
+def test_what_is_no_example_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        read_examples([path])
+
+
+@pytest.mark.parametrize("half", ["\ud800", "a\udc80b", "\udc00\ud800"], ids=ascii)
+def test_halves_of_surrogate_pairs_are_refused(half: str, tmp_path: Path) -> None:
+    """In a file and in an example; what a builder reads is replaced (test_texts_of_all_kinds)."""
+    path = tmp_path / "d.jsonl"
+    good = Example(**GOOD)
+    for bad in (good.model_copy(update={"task": half}), good.model_copy(update={"answer": ["a", half]})):
+        with pytest.raises(InputError, match="example 2: cannot be written as JSON"):
+            write_examples(path, [good, bad])
+    assert not list(tmp_path.iterdir())
+    path.write_text(json.dumps(GOOD | {"task": half}))
+    with pytest.raises(InputError, match="line 1: Invalid JSON"):
+        read_examples([path])
+
+
+def test_an_example_that_became_wrong_is_not_written(tmp_path: Path) -> None:
+    for update, message in (
+        ({"task": ""}, "example 1: task: String should have"),
+        ({"branches": []}, "example 1: branches: List should have"),
+        ({"branches": [ExampleBranch.model_construct(text="")]}, "example 1: branches.0.text: String should have"),
+    ):
+        with pytest.raises(InputError, match=message):
+            write_examples(tmp_path / "d.jsonl", [Example(**GOOD).model_copy(update=update)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_log_loses_only_its_damaged_lines(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    lines = [
+        b'{"step": 1, "x": "a\xe2\x80\xa8b"}',
+        b"\0\0",
+        b"null",
+        b"5",
+        b"{}",
+        b'{"kl": 1}',
+        b"\xff",
+        b"",
+        b'{"step": 2, "k',
+    ]
+    log.write_bytes(b"\n".join(lines))
+    assert read_log(log) == ([{"step": 1, "x": "a\u2028b"}], [])
 
 
 @pytest.mark.parametrize(
@@ -241,6 +374,222 @@ def test_distillation(tmp_path: Path) -> None:
     assert len(one.branches) == 2
     assert one.branches[0].text is None
     assert one.target is None
+
+
+TEXT_PART = {"type": "text", "text": "Q"}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("Q", "Q"),
+        (" Q\n", "Q"),
+        ([TEXT_PART], "Q"),
+        ([TEXT_PART, {"type": "image_url", "image_url": {"url": "x"}}, TEXT_PART], "Q\nQ"),
+        (["Q", None, "R"], "Q\nR"),
+        (("Q",), "Q"),
+        ({"text": "Q"}, "Q"),
+        ({"content": [TEXT_PART]}, "Q"),
+        ({"text": None, "content": "Q"}, "Q"),
+        ({"text": {"value": "Q", "annotations": []}}, "Q"),
+        ([{"type": "thinking", "thinking": "t"}, {"type": "reasoning", "text": "t"}, TEXT_PART], "Q"),
+        ([{"type": "tool_result", "content": [TEXT_PART]}], "Q"),
+        (42, "42"),
+        (0, "0"),
+        (42.0, "42"),
+        (-0.5, "-0.5"),
+        (1e300, str(int(1e300))),
+        ({"text": 0}, "0"),
+        (Decimal("2.50"), "2.50"),
+        (True, "True"),
+        (datetime.date(2024, 5, 12), "2024-05-12"),
+        ("a\ud800b", "a\ufffdb"),
+        ("\ud83d\ude00", "\U0001f600"),
+        ("\u2028Q\x85", "Q"),
+        (None, ""),
+        ("", ""),
+        (" \n\u2028", ""),
+        ([], ""),
+        ([None, [None]], ""),
+        ({}, ""),
+        ({"text": None}, ""),
+        ([{"type": "image"}], ""),
+        (float("nan"), ""),
+        (float("inf"), ""),
+        (Decimal("NaN"), ""),
+        (b"Q", ""),
+        ({"bytes": b"x", "path": None}, ""),
+        (object(), ""),
+    ],
+    ids=repr,
+)
+def test_texts_of_all_kinds(value: Any, text: str) -> None:
+    """Wherever a builder looks for a text; a row without one makes no example."""
+    others = {"task": "T", "docs": ["D", "E"], "right": "A"}
+
+    def aggregate(**more: Any) -> list[Example]:
+        return list(builders.aggregation([others | more], "task", "docs", "right", 0, 0))
+
+    assert [e.task for e in builders.distillation([{"p": value}], "p", 2)] == [text] * bool(text)
+    (one,) = builders.distillation([{"p": "P", "a": value}], "p", 2, "a")
+    assert one.answer == [text.partition("\n")[0]] * bool(text)
+    assert [e.task for e in aggregate(task=value)] == [text] * bool(text)
+    assert [e.target for e in aggregate(right=value)] == [text.partition("\n")[0]] * bool(text)
+    assert [[b.text for b in e.branches] for e in aggregate(docs=value)] == [text.split("\n")] * bool(text)
+    turns = [{"role": role, "content": c} for c in (value, "Q2", "Q3") for role in ("user", "assistant")]
+    assert [e.task.strip() for e in builders.exposure([{"m": turns}], "m")] == [text] * bool(text)
+
+
+ROLES = [
+    ("user", "assistant", "system"),
+    ("human", "gpt", "system"),
+    ("User", "ASSISTANT", "System"),
+    (" user ", "bot", "developer"),
+    ("prompter", "model", "DEVELOPER"),
+    ("user", "function", "system"),
+]
+
+
+@pytest.mark.parametrize(("user", "other", "system"), ROLES)
+@pytest.mark.parametrize(("role", "content"), [("role", "content"), ("from", "value"), ("role", "text")])
+def test_roles_of_all_kinds(user: str, other: str, system: str, role: str, content: str) -> None:
+    chat = [(system, "S"), *((who, f"{t}{i}") for i in range(3) for who, t in ((user, "Q"), (other, "A")))]
+    (one,) = builders.exposure([{"m": [{role: who, content: text} for who, text in chat]}], "m")
+    assert (one.task, one.system, one.synthesize, one.target) == ("Q0", "S", "Q2", "A2")
+
+
+def chat_of(*turns: Any) -> dict[str, Any]:
+    return {"m": [turn if isinstance(turn, dict) else {"role": turn[0], "content": turn[1]} for turn in turns]}
+
+
+THREE = [(role, f"{role[0]}{i}") for i in range(3) for role in ("user", "assistant")]
+
+
+def test_dialogues_with_gaps() -> None:
+    """A question that is no text takes its replies with it; a reply that is none leaves the others."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    picture = {"role": "user", "content": [{"type": "image"}]}
+    (one,) = builders.exposure([chat_of(*THREE, picture, ("assistant", "a cat"), call, ("tool", "42"))], "m")
+    assert (one.task, one.synthesize, one.target) == ("u0", "u2", "a2")
+    (one,) = builders.exposure([chat_of(("assistant", "Hi!"), *THREE[:1], call, *THREE[1:])], "m")
+    assert [b.text for b in one.branches] == ["a0", "a1"]
+    assert not list(builders.exposure([chat_of(*THREE[:-1]), chat_of(*THREE[1:]), chat_of(picture, *THREE[1:])], "m"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        {"m": None},
+        {"m": []},
+        {"m": "Q"},
+        {"m": [None]},
+        {"m": ["Q", "A"] * 3},
+        {"m": {"role": "user", "content": "Q"}},
+        {"m": 5},
+        {"x": 1},
+        None,
+        chat_of(*((None, text) for _, text in THREE)),
+        chat_of(*((5, text) for _, text in THREE)),
+        chat_of(*(("", text) for _, text in THREE)),
+        chat_of(*({"content": text} for _, text in THREE)),
+        chat_of(*(("user", text) for _, text in THREE)),
+        chat_of(*(("assistant", text) for _, text in THREE)),
+        chat_of(*((role, None) for role, _ in THREE)),
+        chat_of(*((role, " ") for role, _ in THREE)),
+    ],
+    ids=repr,
+)
+def test_rows_without_a_dialogue_are_left_out(row: Any) -> None:
+    rows = [row, chat_of(*THREE), row]
+    assert [e.task for e in builders.exposure(rows, "m")] == ["u0"]
+
+
+def test_rows_without_a_field_are_left_out() -> None:
+    rows: list[Any] = [
+        {},
+        None,
+        {"q": None},
+        {"q": "Q", "a": None},
+        {"q": "Q", "a": {}},
+        {"q": "Q", "a": []},
+        {"a": "A"},
+    ]
+    rows += [{"q": "Q", "a": [{}, {"t": "A1"}]}, {"q": "Q", "a": {"t": ["A2", "A3"]}}, {"q": "Q", "a.t": "A4"}]
+    assert [e.answer for e in builders.distillation(rows, "q", 1, "a.t")] == [[], [], [], ["A1"], ["A2"], ["A4"]]
+    assert [e.target for e in builders.aggregation(rows, "q", "q", "a.t", 0, 0)] == ["A1", "A2", "A4"]
+    for message, builder in (
+        ("no field 'x'; they have q, a, a.t", builders.distillation(rows, "x", 1)),
+        ("no field 'a.x'", builders.distillation(rows, "q", 1, "a.x")),
+        ("no field 'x.t'", builders.aggregation(rows, "q", "x.t", "a.t", 0, 0)),
+        ("no field 'q.a'", builders.exposure(rows, "q.a")),
+        ("'q' is not a dialogue", builders.exposure(rows, "q")),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            list(builder)
+    assert not list(builders.distillation([], "x", 1))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    st.lists(
+        st.recursive(
+            st.none()
+            | st.booleans()
+            | st.integers()
+            | st.floats()
+            | st.text()
+            | st.text(st.characters(categories=["Cs"])),
+            lambda inner: (
+                st.lists(inner)
+                | st.dictionaries(
+                    st.sampled_from(["m", "q", "role", "from", "content", "text", "value", "type"]), inner
+                )
+                | st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": inner}))
+            ),
+        )
+    )
+)
+def test_no_row_is_a_traceback(tmp_path: Path, rows: list[Any]) -> None:
+    rows = [*rows, *({"m": row, "q": row} for row in rows), {"m": [], "q": "Q"}]
+    examples = [
+        *builders.exposure(rows, "m"),
+        *builders.aggregation(rows, "q", "m", "q", 1, 0),
+        *builders.distillation(rows, "q", 1, "m"),
+    ]
+    write_examples(tmp_path / "d.jsonl", examples)
+    assert read_examples([tmp_path / "d.jsonl"]) == examples
+
+
+def test_files_with_nulls(tmp_path: Path) -> None:
+    """What the package datasets makes of them: columns of one type, with nulls where a row has nothing."""
+    rows = [
+        {"q": "Q1", "a": 42},
+        {"q": None, "a": 1},
+        {"q": "Q2", "a": None},
+        {"q": ["Q3", None], "a": "x"},
+        {"a": 2.5},
+    ]
+    assert [(e.task, e.answer) for e in run(tmp_path, rows, "distillation", "--task", "q", "--answer", "a")] == [
+        ("Q1", ["42"]), ("Q2", []), ("Q3", ["x"]),
+    ]  # fmt: skip
+    csv, out = tmp_path / "in.CSV", tmp_path / "out.jsonl"
+    csv.write_bytes('\ufeffq,a\r\nQ1,42\r\n,1\r\n"Q\u20282",\r\n'.encode())
+    assert pyps("data", "distillation", str(csv), str(out), "--task", "q", "--answer", "a").returncode == 0
+    assert [(e.task, e.answer) for e in read_examples([out])] == [("Q1", ["42"]), ("Q\u20282", [])]
+
+
+def test_a_row_that_cannot_be_decoded_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A column of sounds, for instance, needs a package of its own when a row is read."""
+    import datasets
+
+    def rows() -> Any:
+        yield {"q": "Q"}
+        raise ImportError("To support decoding audio data, please install 'torchcodec'.")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows())
+    with pytest.raises(InputError, match="sounds: cannot be read as a data set: To support decoding"):
+        list(builders.distillation(builders.read_rows("sounds", "train"), "q", 1))
 
 
 def test_mistakes_in_data_sets(tmp_path: Path) -> None:

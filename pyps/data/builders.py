@@ -1,7 +1,14 @@
-"""Examples from other data sets, of three kinds (docs/method.md, section 4), and from the built-in families."""
+"""Examples from other data sets, of three kinds (docs/method.md, section 4), and from the built-in families.
 
+A row makes no example if a text that it needs is missing. Data sets write texts in many ways: as content parts, as
+numbers, as objects that hold one; nulls, pictures and the like are no texts.
+"""
+
+import datetime
+import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +18,11 @@ from pyps.data.long_spans import LONG_FAMILIES, build_long
 from pyps.errors import InputError, missing_extra
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+_SYSTEM, _USER = ("system", "developer"), ("user", "human", "prompter")  # roles; all others reply
+_TEXT_KEYS = ("text", "content", "value")  # of an object that holds a text
+_THOUGHTS = ("thinking", "reasoning")  # types of content parts that nobody says
+_MISSING = object()  # a field that a row lacks
 
 
 def read_rows(source: str, split: str) -> Iterable[dict[str, Any]]:
@@ -30,17 +42,30 @@ def read_rows(source: str, split: str) -> Iterable[dict[str, Any]]:
         raise missing_extra("data sets are read by the package datasets", "data") from None
     datasets.disable_progress_bars()
     path = Path(source)
-    rows: Iterable[dict[str, Any]]
+    kind = _FORMATS.get(path.suffix.lower())
     try:
-        if path.suffix in _FORMATS:
-            rows = datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+        if kind:
+            rows = datasets.load_dataset(kind, data_files=str(path), split="train")
         else:
             name, _, part = source.partition(":")
             rows = datasets.load_dataset(name, part or None, split=split)
     except Exception as error:
         # whatever a damaged file, an unknown name or a missing network may raise
-        raise InputError(f"{source}: cannot be read as a data set: {error}") from None
-    return rows
+        raise _unreadable(source, error) from None
+    return _decoded(rows, source)
+
+
+def _decoded(rows: Iterable[dict[str, Any]], source: str) -> Iterator[dict[str, Any]]:
+    """Yield rows, which are decoded one by one: a picture may need a package that is missing."""
+    try:
+        yield from rows
+    except Exception as error:
+        raise _unreadable(source, error) from None
+
+
+def _unreadable(source: str, error: Exception) -> InputError:
+    # the package datasets keeps the reason in the cause
+    return InputError(f"{source}: cannot be read as a data set: {error.__cause__ or error}")
 
 
 def exposure(rows: Iterable[dict[str, Any]], field: str) -> Iterator[Example]:
@@ -54,30 +79,27 @@ def exposure(rows: Iterable[dict[str, Any]], field: str) -> Iterator[Example]:
         field: The field with the dialogue: a list of objects with role and content (or from and value).
 
     Raises:
-        InputError: A row has no such field, or something else in it.
+        InputError: No row has such a field, or none has a dialogue in it.
     """
-    for row in rows:
-        system = None
-        turns: list[tuple[str, list[str]]] = []
-        for message in _dialogue(row, field):
-            role, text = message.get("role") or message.get("from"), message.get("content") or message.get("value")
-            if not text:
-                continue
-            if role == "system":
-                system = text
-            elif role in ("user", "human"):
-                turns.append((text, []))
-            elif turns:
-                turns[-1][1].append(text)
-        pairs = [(question, "\n".join(replies)) for question, replies in turns if replies]
+    others = 0  # rows with something else in the field
+    n = 0
+    for (messages,) in _values(rows, field):
+        if not _is_dialogue(messages):
+            others += messages is not None
+            continue
+        n += 1
+        system, turns = _turns(messages)
+        pairs = [(question, "\n".join(replies)) for question, replies in turns if question and replies]
         if len(pairs) < 3:
             continue
-        (task, first), *others, (last, target) = pairs
+        (task, first), *middle, (last, target) = pairs
         branches = [
             ExampleBranch(text=first),
-            *(ExampleBranch(prompt=question, text=reply) for question, reply in others),
+            *(ExampleBranch(prompt=question, text=reply) for question, reply in middle),
         ]
         yield Example(task=task, system=system, branches=branches, synthesize=last, target=target, family="exposure")
+    if others and not n:
+        raise InputError(f"{field!r} is not a dialogue: a list of objects with role and content")
 
 
 def aggregation(
@@ -94,21 +116,23 @@ def aggregation(
         seed: Chooses those, and the order.
 
     Raises:
-        InputError: A row lacks a field.
+        InputError: No row has one of the fields.
     """
-    all_rows = list(rows)
+    all_rows = [
+        (_text(task).strip(), _texts(of_row), _texts(right))
+        for task, of_row, right in _values(rows, question, documents, answer)
+    ]
     rng = random.Random(seed)
-    for i, row in enumerate(all_rows):
-        texts = _texts(_field(row, documents))
+    for i, (task, of_row, right) in enumerate(all_rows):
+        texts = list(of_row)
         if len(texts) == 1:
             candidates = {t for j in rng.sample(range(len(all_rows)), min(4 * others + 1, len(all_rows))) if j != i
-                          for t in _texts(_field(all_rows[j], documents))}  # fmt: skip
+                          for t in all_rows[j][1]}  # fmt: skip
             texts += sorted(candidates - set(texts))[:others]
             rng.shuffle(texts)
-        right = _texts(_field(row, answer))
-        if texts and right:
+        if task and texts and right:
             yield Example(
-                task=str(_field(row, question)),
+                task=task,
                 branches=[ExampleBranch(text=text) for text in texts],
                 target=right[0],
                 answer=right[:1],
@@ -129,18 +153,13 @@ def distillation(
             counts. None if there is none.
 
     Raises:
-        InputError: A row lacks a field.
+        InputError: No row has one of the fields.
     """
-    for row in rows:
-        task = str(_field(row, field)).strip()
-        right = str(_field(row, answer)).rpartition("####")[2].strip() if answer else ""
+    for text, *right in _values(rows, field, *([answer] if answer else [])):
+        task = _text(text).strip()
+        answers = [last for first in _texts(right)[:1] if (last := first.rpartition("####")[2].strip())]
         if task:
-            yield Example(
-                task=task,
-                branches=[ExampleBranch()] * branches,
-                answer=[right] if right else [],
-                family="distillation",
-            )
+            yield Example(task=task, branches=[ExampleBranch()] * branches, answer=answers, family="distillation")
 
 
 # majority and contradiction are easy: they come once in ten, the others twice
@@ -168,29 +187,89 @@ def families(n: int, held_out: bool, seed: int, targets: float = 0.5, long: bool
         yield example if not held_out and rng.random() < targets else example.model_copy(update={"target": None})
 
 
-def _field(row: dict[str, Any], name: str) -> Any:
-    """Return a field of a row, or of an object in it ("answers.text")."""
-    value: Any = row
-    for part in name.split("."):
-        if not isinstance(value, dict) or part not in value:
-            raise InputError(f"the data have no field {name!r}; they have {', '.join(map(str, row))}")
-        value = value[part]
-    return value
+def _values(rows: Iterable[dict[str, Any]], *fields: str) -> Iterator[list[Any]]:
+    """Yield the values of fields of each row, None where it lacks one.
+
+    Raises:
+        InputError: No row has one of the fields.
+    """
+    keys: dict[str, None] = {}  # of all rows, in order
+    missing = set(fields)
+    for row in filter(lambda row: isinstance(row, dict), rows):
+        keys |= dict.fromkeys(map(str, row))
+        values = [_field(row, field) for field in fields]
+        missing -= {field for field, value in zip(fields, values, strict=True) if value is not _MISSING}
+        yield [None if value is _MISSING else value for value in values]
+    for field in fields:
+        if keys and field in missing:
+            raise InputError(f"the data have no field {field!r}; they have {', '.join(keys)}")
 
 
-def _dialogue(row: dict[str, Any], field: str) -> list[dict[str, Any]]:
-    messages = _field(row, field)
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise InputError(f"{field!r} is not a dialogue: a list of objects with role and content")
-    return messages
+def _field(value: Any, name: str) -> Any:
+    """Return a field of a row, or of an object or of all objects of a list in it ("answers.text")."""
+    if isinstance(value, list):
+        values = [_field(part, name) for part in value]
+        return [v for v in values if v is not _MISSING] if any(v is not _MISSING for v in values) else _MISSING
+    if not isinstance(value, dict):
+        return _MISSING
+    first, dot, rest = name.partition(".")
+    if name in value or not dot:
+        return value.get(name, _MISSING)
+    return _field(value.get(first), rest)
+
+
+def _is_dialogue(messages: Any) -> bool:
+    """Return whether messages are a list of objects whose roles are texts."""
+    return isinstance(messages, list) and all(isinstance(m, dict) and _role(m) for m in messages)
+
+
+def _role(message: dict[str, Any]) -> str:
+    role = message.get("role") or message.get("from")
+    return role.strip().lower() if isinstance(role, str) else ""
+
+
+def _turns(messages: list[dict[str, Any]]) -> tuple[str | None, list[tuple[str, list[str]]]]:
+    """Return the system message, and each question (empty if it is no text) with the texts that reply to it."""
+    system = None
+    turns: list[tuple[str, list[str]]] = []
+    for message in messages:
+        role, text = _role(message), _text(message)
+        if role in _USER:
+            turns.append((text, []))
+        elif text and role in _SYSTEM:
+            system = text
+        elif text and turns:
+            turns[-1][1].append(text)
+    return system, turns
+
+
+def _text(value: Any) -> str:
+    """Return the text of a value, its parts on lines of their own; empty if there is none."""
+    return "\n".join(_parts(value))
 
 
 def _texts(value: Any) -> list[str]:
     """Return the texts of a text, a list of them, or a list of objects that hold one each."""
+    return [text.strip() for text in _parts(value)]
+
+
+def _parts(value: Any) -> list[str]:
+    """Return every text in a value that is not blank."""
     if isinstance(value, dict):
-        value = value.get("text") or value.get("content") or ""
-    if isinstance(value, str):
-        return [value.strip()] if value.strip() else []
-    if not isinstance(value, Sequence):
-        return [str(value)]
-    return [text for part in value for text in _texts(part)]
+        candidates = [] if value.get("type") in _THOUGHTS else [_parts(value.get(key)) for key in _TEXT_KEYS]
+        return next(filter(None, candidates), [])
+    if isinstance(value, list | tuple):
+        return [text for part in value for text in _parts(part)]
+    text = _scalar(value)
+    return [text] if text.strip() else []
+
+
+def _scalar(value: Any) -> str:
+    """Return a text, a number or a date as text; empty for everything else, as None, bytes and pictures."""
+    if isinstance(value, float | Decimal):
+        # a column of whole numbers and nulls is read as floats
+        return "" if not math.isfinite(value) else str(int(value)) if value == int(value) else str(value)
+    if isinstance(value, int | datetime.date | datetime.time):
+        return str(value)
+    # half of a surrogate pair cannot be written to a file
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else ""

@@ -13,8 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from pyps.data.sandbox import runs
+from pyps.data.scoring import contains
 from pyps.errors import InputError, first_of
 from pyps.files import check_writable, make_folder, whole
 from pyps.prompts.layout import DEFAULT_SYNTHESIZE
@@ -68,18 +70,14 @@ class Example(BaseModel):
         """Return whether an answer is right, or None if the example does not tell.
 
         Args:
-            reply: The answer. It contains a text if it has the same whole words, in capitals or not.
+            reply: The answer. It contains a text if it has the same words and numbers (scoring.py).
             run_code: Whether the answer's code may be run, if there is a program for it.
         """
         if self.program is not None:
             return runs(self.program.replace(CODE, _code_in(reply))) if run_code else None
         if not self.answer:
             return None
-
-        def contains(text: str) -> bool:
-            return re.search(rf"(?<!\w){re.escape(text)}(?!\w)", reply, re.IGNORECASE) is not None
-
-        return all(map(contains, self.answer)) and not any(map(contains, self.wrong))
+        return all(contains(reply, text) for text in self.answer) and not any(contains(reply, t) for t in self.wrong)
 
 
 def _code_in(answer: str) -> str:
@@ -94,21 +92,19 @@ def read_examples(paths: Iterable[Path]) -> list[Example]:
     Raises:
         InputError: A file cannot be read, a line is not an example (the message names both), or there is no example.
     """
+    paths = list(paths)
     examples = []
     for path in paths:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            # str.splitlines would split in the middle of a text: at U+2028, for instance
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read: {error}") from None
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                examples.append(Example.model_validate_json(line))
-            except ValidationError as error:
-                loc, message = first_of(error)
-                keys = ".".join(map(str, loc))
-                raise InputError(f"{path}, line {number}: {keys + ': ' if keys else ''}{message}") from None
+            # a byte order mark begins a file, and then each of several that were written into one
+            line = line.strip("\ufeff \t\r\n")
+            if line:
+                examples.append(_parse(line, f"{path}, line {number}"))
     if not examples:
         raise InputError(f"there are no examples in {', '.join(map(str, paths))}")
     return examples
@@ -118,15 +114,34 @@ def write_examples(path: Path, examples: Iterable[Example]) -> int:
     """Write examples as JSON lines, and return how many they are.
 
     Raises:
-        InputError: There is no example, or no file can be there; nothing is written.
+        InputError: There is no example, one cannot be read again (it was changed after it was made), or no file can be
+            there; nothing is written.
         MachineError: The disk is full or fails.
     """
     make_folder(path.parent)
     check_writable(path, "file of examples")
     n = 0
-    with whole(path) as partial, partial.open("w", encoding="utf-8") as file:
-        for n, example in enumerate(examples, 1):  # noqa: B007
-            file.write(example.model_dump_json(exclude_defaults=True) + "\n")
+    with whole(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        for n, example in enumerate(examples, 1):
+            file.write(_line_of(example, n) + "\n")
         if n == 0:
             raise InputError(f"nothing in the data makes an example: {path} is not written")
     return n
+
+
+def _parse(line: str, place: str) -> Example:
+    try:
+        return Example.model_validate_json(line)
+    except ValidationError as error:
+        loc, message = first_of(error)
+        keys = ".".join(map(str, loc))
+        raise InputError(f"{place}: {keys + ': ' if keys else ''}{message}") from None
+
+
+def _line_of(example: Example, number: int) -> str:
+    try:
+        line = example.model_dump_json(exclude_defaults=True)
+    except PydanticSerializationError as error:
+        raise InputError(f"example {number}: cannot be written as JSON: {error}") from None
+    _parse(line, f"example {number}")
+    return line

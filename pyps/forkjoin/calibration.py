@@ -160,8 +160,8 @@ def read(path: Path) -> Calibration:
 
 def built_in_jobs(model: Model) -> list[Job]:
     """Return the built-in jobs, in tokens. Raises InputError if the model's chat template cannot be used."""
-    lines = files("pyps.forkjoin").joinpath("calibration.jsonl").read_text(encoding="utf-8").splitlines()
-    return [job_of(model, "shared", **json.loads(line)) for line in lines]
+    lines = files("pyps.forkjoin").joinpath("calibration.jsonl").read_text(encoding="utf-8").split("\n")
+    return [job_of(model, "shared", **json.loads(line)) for line in lines if line]
 
 
 def job_of(

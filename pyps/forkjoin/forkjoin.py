@@ -29,7 +29,7 @@ from pyps.prompts.layout import Message
 _PATIENCE = 60.0  # seconds that measuring a model may take before its first run
 
 # for a model that could not be measured, or not in that time
-UNMEASURED = Reading(share=1.0, labels=True, auto=True, why="this model was not measured yet: see pyps doctor")
+UNMEASURED = Reading(share=1.0, labels=True, auto=True, why="this model was not measured: see pyps doctor")
 
 
 class ForkJoin:

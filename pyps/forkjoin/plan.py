@@ -10,7 +10,7 @@ from pyps.agents.agent import Assignment
 from pyps.agents.tools import JoinedPart, Limits
 from pyps.engine.context import MAX_SEQUENCES, round_up
 from pyps.engine.model import Model
-from pyps.engine.sampling import Sampling
+from pyps.engine.sampling import Sampler, Sampling
 from pyps.errors import InputError, RefusedError
 from pyps.files import check_writable
 from pyps.forkjoin.branches import Branches, BranchResult, as_list
@@ -85,7 +85,8 @@ class PlannedAnswer:
         save: The file for the branches, or None.
         keep: Whether the answer's cache is kept.
         assignment: What the synthesizer is to do.
-        prompt: Tokens that the synthesizer reads after the joined cells.
+        prompt: Tokens that the synthesizer reads after the joined cells;
+        labelled: and those that it reads if there are labels before them.
         cells: Cells that it may need up to the prompt's end.
         after: Cells that it may need behind its prompt, room for more included.
     """
@@ -96,6 +97,7 @@ class PlannedAnswer:
     keep: bool
     assignment: Assignment
     prompt: list[int]
+    labelled: list[int]
     cells: int
     after: int
 
@@ -171,6 +173,7 @@ def make_plan(request: Request, setting: Setting, seed: int, *, answer: bool = T
         tools=tuple(request.tools),
         limits=request.limits or Limits(),
     )
+    _check_grammars(model, [*assignments, synthesizer])
     layout = Layout(model, setting.layout, request.task, request.system, synthesizer.text)
     prompts = layout.prompts(
         [Instruction(a.text, branch.task, branch.system) for a, branch in zip(assignments, branches, strict=True)]
@@ -214,6 +217,16 @@ def _assignment(branch: Branch, sampling: Sampling, seed: int) -> Assignment:
     return Assignment(instruction=branch.prompt, sampling=own, tools=tuple(branch.tools), limits=branch.limits)
 
 
+def _check_grammars(model: Model, assignments: Sequence[Assignment]) -> None:
+    """Raise InputError if llama.cpp cannot use a grammar that a run will need with this model."""
+    grammars = {assignment.sampling.grammar for assignment in assignments}
+    for assignment in assignments:
+        if assignment.tools and assignment.limits.max_calls:
+            grammars |= {assignment.choice_grammar(may_answer) for may_answer in (True, False)}
+    for grammar in grammars - {""}:
+        Sampler(model, Sampling(grammar=grammar)).close()
+
+
 def _checked_part(joined: JoinedPart) -> JoinedPart:
     if joined not in get_args(JoinedPart):
         raise InputError(f"joined must be one of {', '.join(get_args(JoinedPart))}, not {joined!r}")
@@ -243,10 +256,11 @@ def _with_answer(plan: Plan, request: Request, assignment: Assignment, prompt: l
     outputs = [r.tokens for r in results] + [b.max_output for b in plan.branches]
     names = [r.name for r in results] + [b.name for b in plan.branches]
     labels: list[list[int]] = []
+    labelled = prompt
     if mode == "cache" and setting.reading.labels:
-        labels, prompt = plan.layout.labelled(names)
-    n_labels = sum(map(len, labels))
-    cells = plan.branch_point + sum(outputs) + n_labels + len(prompt)
+        labels, labelled = plan.layout.labelled(names)
+    longest_prompt = max(len(prompt), len(labelled))
+    cells = plan.branch_point + sum(outputs) + sum(map(len, labels)) + longest_prompt
     after = answer_cells + request.room
     texts = [r.text for r in results] + [""] * len(plan.branches)
     pasted = len(plan.prefix) + len(plan.layout.pasted(names, texts))
@@ -254,7 +268,7 @@ def _with_answer(plan: Plan, request: Request, assignment: Assignment, prompt: l
     if mode == "cache":
         # joined outputs lie side by side: there are cells for all of them, but positions for the longest
         longest_label = max(map(len, labels), default=0)
-        reach = plan.branch_point + longest_label + max(outputs) + len(prompt) + answer_cells
+        reach = plan.branch_point + longest_label + max(outputs) + longest_prompt + answer_cells
         _check_fits(setting, "the synthesizer", cells + after, reach)
     if mode == "text" or request.compare:
         _check_fits(setting, "text synthesis", text_cells, text_cells)
@@ -269,6 +283,7 @@ def _with_answer(plan: Plan, request: Request, assignment: Assignment, prompt: l
             keep=request.keep,
             assignment=assignment,
             prompt=prompt,
+            labelled=labelled,
             cells=cells,
             after=after,
         ),

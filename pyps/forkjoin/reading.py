@@ -28,7 +28,7 @@ _AROUND = 4  # tokens on either side of a word
 _FIRST = 1e3  # a score above all words
 
 _WORD = re.compile(rb"[\w\x80-\xff]+")
-_SENTENCE_END = re.compile(rb"[.!?\n]+\s*")
+_SENTENCE_END = re.compile(rb"(?:[.!?]+(?=\s|$)|\n)\s*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +126,10 @@ def words(material: Material) -> Scores:
     Words count as the same if they are equal but for capitals, or if one continues the other by up to three letters
     ("page" and "pages", "long" and "longest").
     """
-    question = {word for _, _, word in _words(material.question.encode())}
+    question = _Question(material.question)
     spans = [_words(b"".join(pieces)) for pieces in material.pieces]
     counts = Counter(word for output in spans for _, _, word in output)
-    matches = {word: [q for q in question if _alike(word, q)] for word in counts}
+    matches = {word: question.like(word) for word in counts}
     occurrences: Counter[str] = Counter()
     for word, count in counts.items():
         for q in matches[word]:
@@ -207,11 +207,12 @@ def choose(
     """
     if unknown := [name for name in choosers if name not in CHOOSERS]:
         raise InputError(f"there is no chooser {unknown[0]!r}: choose from {', '.join(CHOOSERS)}")
-    if share >= 1:
+    if not outputs or share >= 1:
         return [np.ones(len(output), np.bool_) for output in outputs]
     material = Material(question, [[model.piece(token) for token in output] for output in outputs])
-    scores = [sum(parts) for parts in zip(*(CHOOSERS[name](material) for name in choosers), strict=True)]
-    flat = np.concatenate([np.asarray(score, np.float64) for score in scores]) if scores else np.zeros(0)
+    flat = np.zeros(sum(map(len, outputs)))
+    for name in choosers:
+        flat += np.concatenate(CHOOSERS[name](material))
     budget = min(int(share * len(flat)), int(np.count_nonzero(flat)))
     best = np.argsort(-flat, kind="stable")[:budget]
     chosen = np.zeros(len(flat), np.bool_)
@@ -261,6 +262,23 @@ def _words(text: bytes) -> list[tuple[int, int, str]]:
     return [(match.start(), match.end(), match[0].decode("utf-8", "replace").lower()) for match in _WORD.finditer(text)]
 
 
-def _alike(a: str, b: str) -> bool:
-    short, long = sorted((a, b), key=len)
-    return a == b or (len(short) >= 4 and len(long) - len(short) <= 3 and long.startswith(short))
+class _Question:
+    """The words of a question, by themselves and by their beginnings: a question may be a long text."""
+
+    _MOST_LETTERS = 3  # by which one word continues another
+    _FEWEST_LETTERS = 4  # that both have
+
+    def __init__(self, text: str) -> None:
+        self._longer: dict[str, list[str]] = {}  # a beginning -> the words that continue it
+        for word in {word for _, _, word in _words(text.encode("utf-8", "replace"))}:
+            for beginning in {word, *self._beginnings(word)}:
+                self._longer.setdefault(beginning, []).append(word)
+
+    def like(self, word: str) -> list[str]:
+        """Return the question's words that are this one, continue it, or are continued by it."""
+        shorter = [b for b in self._beginnings(word) if b in self._longer.get(b, ())]
+        return sorted({*self._longer.get(word, ()), *shorter})
+
+    def _beginnings(self, word: str) -> list[str]:
+        lengths = range(max(len(word) - self._MOST_LETTERS, self._FEWEST_LETTERS), len(word))
+        return [word[:n] for n in lengths]

@@ -250,12 +250,13 @@ class Run:
         began = time.perf_counter()
         outputs = [output for branches in (*plan.joins, forked.branches) for output in branches.outputs]
         again = self._choose_again(outputs, answer)
+        prompt = answer.labelled if again and again.labels else answer.prompt
         starts = placement(
             plan.branch_point,
             [len(output) for output in outputs],
             in_order=bool(adapter and adapter.in_order),
             labels=[len(label) for label in again.labels] if again else (),
-            after=len(answer.prompt) + answer.assignment.max_cells(self._model),
+            after=len(prompt) + answer.assignment.max_cells(self._model),
             n_positions=self._model.n_ctx_train,
         )
         n_cells = synthesizer.join(outputs, starts, adapter.mapper if adapter else None, again)
@@ -267,10 +268,10 @@ class Run:
             synthesizer.reader.synchronize()
             again_ms = _ms_since(reading)
         yield Joined(n_cells, join_ms, n_again, again_ms)
-        spoken = yield from self._speak(synthesizer, answer, answer.prompt, "cache")
+        spoken = yield from self._speak(synthesizer, answer, prompt, "cache")
         ttft = forked.flush_ms + join_ms + again_ms + spoken.prefill_ms
         synthesis = spoken.synthesis(
-            Tokens(joined=n_cells, prefilled=n_labels + len(answer.prompt), generated=0, again=n_again),
+            Tokens(joined=n_cells, prefilled=n_labels + len(prompt), generated=0, again=n_again),
             Timing(join=join_ms, again=again_ms, prefill=spoken.prefill_ms, ttft=ttft),
             reading=again.why if again else plan.setting.reading.why,
         )
@@ -292,7 +293,7 @@ class Run:
         labels = plan.layout.labelled([output.name for output in outputs])[0] if reading.labels else []
         question = f"{plan.task}\n{answer.assignment.instruction}"
         tokens = [output.tokens for output in outputs]
-        return again_of(self._model, reading, question, tokens, labels, len(answer.prompt))
+        return again_of(self._model, reading, question, tokens, labels, len(answer.labelled))
 
     def _answer_from_texts(
         self, ctx: Context, answer: PlannedAnswer, results: Sequence[BranchResult]

@@ -126,6 +126,8 @@ class DoctorReport:
                 )
             if m.calibration:
                 lines += ["", *_curve(m.calibration)]
+            elif m.tuned and not m.joinable:
+                lines.append("read again        all of it: the built-in jobs to measure it on do not fit this model")
         return "\n".join(lines)
 
 

@@ -60,10 +60,10 @@ def _read_tokens(path: Path, head: dict[str, str]) -> list[TokenExample]:
     if not path.exists():
         return token_examples
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
         if not lines or json.loads(lines[0]) != head:
             return token_examples
-        for line in lines[1:]:
+        for line in filter(None, lines[1:]):
             values = json.loads(line)
             token_examples.append(TokenExample(**values | {"branches": [(p, o) for p, o in values["branches"]]}))
     except (ValueError, TypeError, KeyError):

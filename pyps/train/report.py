@@ -48,10 +48,10 @@ def read_log(log: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """
     steps: dict[int, dict[str, Any]] = {}
     held_out: dict[int, dict[str, Any]] = {}
-    for line in log.read_text().splitlines():
+    for line in log.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             entry = json.loads(line)
-        except ValueError:
+            (held_out if "held_out" in entry else steps)[entry["step"]] = entry
+        except (ValueError, TypeError, KeyError):
             continue  # a line that was being written when the power went
-        (held_out if "held_out" in entry else steps)[entry["step"]] = entry
     return list(steps.values()), list(held_out.values())
