@@ -1,5 +1,6 @@
 """The command line, as a subprocess: what people and programs see, and how mistakes end."""
 
+import io
 import json
 import os
 import pty
@@ -18,7 +19,8 @@ from click.testing import CliRunner
 from support.tiny import mapper_metadata, write_adapter, write_model
 
 from pyps import errors
-from pyps.cli.common import Group
+from pyps.cli.common import Group, Interrupt
+from pyps.cli.main import main
 
 TASK = "Which database should a small desktop app use?"
 BRANCHES = ["--branch", "Argue for SQLite.", "--branch", "Argue for PostgreSQL."]
@@ -202,6 +204,244 @@ def test_ctrl_c_while_the_model_is_prepared(tmp_path: Path) -> None:
     assert "Traceback" not in errors
     assert output == ""
     assert not list(tmp_path.rglob("*.gguf")), "no half model is left"
+
+
+TINY_RUN = ["--read", "0", "--max-tokens", "4", "--temperature", "0"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "utf-8:surrogateescape"])
+def test_a_chat_answers_whatever_is_said(tiny_path: Path, encoding: str) -> None:
+    """Every line is answered, if there is something in it."""
+    lines = [b"caf\xe9?", b"And then?", b"\xff\xfe", b"\xed\xa0\x80", b"\xc0\x80", b"a\0b", b"\tx\r", b"\xf0\x9f"]
+    command = [*PYPS, "run", "Talk.", "-b", "a", *TINY_RUN, "-m", str(tiny_path), "--chat"]
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    conversations = []
+    for typed in (lines, [b"\r", b"", *lines, b"  "]):
+        done = subprocess.run(command, input=b"\n".join(typed), capture_output=True, timeout=60, check=False, env=env)
+        assert (done.returncode, done.stderr) == (0, b"")
+        conversations.append(done.stdout.split(b" s in all\n")[1])
+    assert conversations[0] == conversations[1]
+    assert conversations[0].count(b"\n\n") >= len(lines)
+
+
+@pytest.mark.parametrize(
+    ("data", "lines"),
+    [
+        (b"caf\xe9?\nAnd?\n", ["caf\ufffd?", "And?"]),
+        (b"\xff\xfe\nx", ["\ufffd\ufffd", "x"]),
+        (b"\xf0\x9f\n", ["\ufffd"]),
+        (b"\xed\xa0\x80\xc0\x80\n", ["\ufffd" * 5]),
+        ("é日\r\n".encode(), ["é日"]),
+        (b"a" * 65_536 + b"\nb", ["a" * 65_536, "b"]),
+        (b"a" * 65_537 + b"\nb\n", [None, "b"]),
+        (b"a" * 200_000, [None]),
+        (b"a" * 200_000 + b"\n\nb", [None, "", "b"]),
+        (b"", []),
+    ],
+)
+def test_lines_of_standard_input(data: bytes, lines: list[str | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """None stands for a line that is refused."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors="strict"))
+    assert main.callback
+    main.callback()
+    read: list[str | None] = []
+    with Interrupt() as interrupt:
+        while len(read) <= len(lines):
+            try:
+                line = interrupt.read_line("")
+            except errors.InputError:
+                read.append(None)
+                continue
+            if line is None:
+                break
+            read.append(line)
+    assert read == lines
+
+
+def test_a_chat_goes_on_after_a_line_that_does_not_fit(tiny_path: Path) -> None:
+    lines = ["word " * 3000, "w" * 70_000, "x" * (3 << 16), "short"]
+    command = ["run", "Talk.", "-b", "a", *TINY_RUN, "-m", str(tiny_path), "--chat"]
+    done = pyps(*command, stdin="\n".join(lines))
+    alone = pyps(*command, stdin="short")
+    assert (done.returncode, alone.returncode) == (0, 0), done.stderr
+    first, second, third = done.stderr.splitlines()
+    assert "may need" in first
+    assert second == third == "pyps: this line has more than 65,536 characters: it is left out"
+    assert done.stdout.split(" s in all\n")[1] == alone.stdout.split(" s in all\n")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "redirection", "exit_code", "message"),
+    [
+        ("-b x", "<&-", 2, "give a task"),
+        ("- -b x", "<&-", 2, "give a task"),
+        ("-f - -b x", "<&-", 2, "give a task"),
+        ("-b x", "</dev/null", 2, "give a task"),
+        ("-b x --chat", "</dev/null", 2, "give a task"),
+        ("-b x", "0>/dev/null", 2, "the task cannot be read"),
+        ("-b x", "</dev/zero", 2, "the task has more than 16,777,216 characters"),
+        ("-f /dev/zero -b x", "", 2, "the task has more than 16,777,216 characters"),
+        ("-b x --chat", "<README.md", 2, "--chat reads what you say from standard input"),
+        ("Talk. -b x --chat -m TINY", "<&-", 0, ""),
+        ("Talk. -b x --chat -m TINY", "0>/dev/null", 1, "Bad file descriptor"),
+        ("Talk. -b x -m TINY", "<&-", 0, ""),
+    ],
+)
+def test_standard_input_that_is_not_there(
+    tiny_path: Path, words: str, redirection: str, exit_code: int, message: str
+) -> None:
+    arguments = words.replace("TINY", str(tiny_path))
+    script = f"{sys.executable} -m pyps.cli run {arguments} {' '.join(TINY_RUN)} {redirection}"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == exit_code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+SIGNALS = [(signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+ENDLESS = ["--max-tokens", "3000", "--temperature", "100", "--top-k", "0", "--top-p", "1", "--min-p", "0"]
+
+
+@pytest.mark.parametrize(("number", "exit_code"), SIGNALS)
+def test_signals_end_with_what_there_is(number: signal.Signals, exit_code: int) -> None:
+    process = start("run", TASK, *BRANCHES, *ENDLESS, "--json", PYPS_LOG="1")
+    wait_for(process, "constructing llama_context")
+    time.sleep(1)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == exit_code, errors
+    assert "Traceback" not in errors
+    assert json.loads(output)["interrupted"] is True
+
+
+def test_sigterm_while_the_model_is_prepared(tmp_path: Path) -> None:
+    process = start("run", TASK, *BRANCHES, PYPS_CACHE=str(tmp_path))
+    wait_for(process, "preparing")
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (143, ""), errors
+    assert errors.endswith("pyps: terminated\n")
+    assert not list(tmp_path.rglob("*.gguf")), "no half model is left"
+
+
+def test_sigterm_while_a_chat_waits(tiny_path: Path) -> None:
+    command = [*PYPS, "run", "Talk.", "-b", "a", *TINY_RUN, "-m", str(tiny_path), "--chat"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        while " s in all" not in process.stdout.readline():
+            pass
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 143
+
+
+WORK = """
+import os, signal, subprocess, sys, tempfile, time
+from pathlib import Path
+import click
+from pyps.cli.common import Group, Interrupt
+from pyps.files import whole
+
+@click.command()
+def work():
+    with tempfile.TemporaryDirectory(dir=".") as folder, whole(Path("saved.pyps")) as partial:
+        child = subprocess.Popen(["sleep", "100"])
+        try:
+            Path("pid").write_text(str(child.pid))
+            print("ready", flush=True)
+            INNER
+        finally:
+            child.kill()
+
+Group("pyps", commands=[work])(["work"])
+"""
+WAIT = "time.sleep(100)"
+POLL = """
+            with Interrupt() as interrupt:
+                while not interrupt.requested():
+                    time.sleep(0.01)
+            interrupt.exit_if_requested()"""
+DEAF = POLL.replace("while not interrupt.requested():", "while True:")  # a second signal ends it
+
+
+@pytest.mark.parametrize("inner", [WAIT, POLL, DEAF], ids=["waits", "asks", "does not ask"])
+@pytest.mark.parametrize(
+    ("number", "exit_code", "ignored"),
+    [*((*pair, ignored) for pair in SIGNALS for ignored in (False, True)), (signal.SIGINT, 130, False)],
+)
+def test_signals_clean_up(tmp_path: Path, inner: str, number: signal.Signals, exit_code: int, ignored: bool) -> None:
+    """Temporary folders, half files and children are gone as after Ctrl-C, also where that is ignored."""
+
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL)
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORK.replace("INNER", inner)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=prepare,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    process.send_signal(number)
+    if inner is DEAF:
+        time.sleep(0.5)
+        process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == exit_code, errors
+    assert "Traceback" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["pid"]
+
+
+def test_signals_that_are_ignored_stay_ignored(tmp_path: Path) -> None:
+    """A run under nohup does not end with its terminal."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORK.replace("INNER", "time.sleep(1)")],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
+    assert process.stdout
+    process.stdout.readline()
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+def test_handlers_of_a_program_come_back() -> None:
+    """A program that calls a command has its own signals afterwards."""
+    before = [signal.getsignal(number) for number, _ in SIGNALS]
+    during: list[object] = []
+    look = click.Command("look", callback=lambda: during.extend(signal.getsignal(number) for number, _ in SIGNALS))
+    CliRunner().invoke(Group("pyps", commands=[look]), ["look"])
+    assert [signal.getsignal(number) for number, _ in SIGNALS] == before
+    assert all(map(callable, during))
+
+
+def test_a_server_is_stopped_by_sigterm(tmp_path: Path, tiny_path: Path) -> None:
+    (tmp_path / "server.py").write_text(
+        "import os, signal, time\nopen('pid', 'w').write(str(os.getpid()))\n"
+        "signal.signal(signal.SIGTERM, lambda *_: None)\ntime.sleep(1000)\n"
+    )
+    (tmp_path / "w.yaml").write_text(
+        f"steps: [{{name: a, task: x, branches: [{{prompt: x, tools: [{{mcp: [{sys.executable}, server.py]}}]}}]}}]\n"
+    )
+    process = start("run", str(tmp_path / "w.yaml"), "-m", str(tiny_path), "--read", "0")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for _ in range(2):  # nobody asks while a server starts: the second one ends it
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,17 @@ writes anything or runs programs.
 """
 
 import ast
+import asyncio
+import concurrent.futures
+import contextlib
+import functools
 import inspect
+import itertools
 import math
 import operator
 import re
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +37,7 @@ _MAX_LISTED = 200  # files, and matching lines
 _MAX_ROWS = 100
 _MAX_DESCRIBED = 1000  # characters of tables and columns in a description
 _MAX_FILE = 1 << 20  # bytes that are read of a file
+_MAX_YIELDED = 10_000  # what is taken of a generator
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,8 @@ class Tool:
         description: What the model is told that it does.
         parameters: A JSON schema of its arguments, which are an object.
         call: A function that takes the arguments as keywords. The model reads what it returns, as text, or the
-            message of what it raises. Several branches may call it at once, each on a thread.
+            message of what it raises. Several branches may call it at once, each on a thread. What it returns may be
+            awaitable, or a generator: the tool waits for it, and takes a list of what is yielded.
 
     Raises:
         InputError: The name is not possible.
@@ -109,40 +116,103 @@ class Tool:
     call: Callable[..., Any]
 
     def __post_init__(self) -> None:
-        if not _NAME.match(self.name) or self.name == ANSWER:
+        if not _NAME.fullmatch(self.name) or self.name == ANSWER:
             raise InputError(f"a tool cannot be named {self.name!r}: letters, digits, _ and -, and not {ANSWER!r}")
+        if not isinstance(self.call, _Completed):
+            object.__setattr__(self, "call", _Completed(self.call))  # frozen classes are set like this
 
     @property
     def signature(self) -> str:
         """The tool in one line, for a prompt: sql(query) - The rows of a SELECT."""
-        return f"{self.name}({', '.join(self.parameters.get('properties', {}))}) - {self.description}"
+        properties = self.parameters.get("properties")  # a server may write anything here
+        names = ", ".join(properties) if isinstance(properties, dict) else ""
+        return f"{self.name}({names}) - {self.description}"
+
+
+class _Completed:
+    """A function that returns results, where the one it is made of may return what is still to be waited for.
+
+    Args:
+        function: The function.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, **arguments: Any) -> Any:
+        result = self._function(**arguments)
+        if inspect.isgenerator(result):
+            return list(itertools.islice(result, _MAX_YIELDED))
+        return _run(_wait_for(result)) if inspect.isawaitable(result) or inspect.isasyncgen(result) else result
+
+
+async def _wait_for(result: Any) -> Any:
+    """Return what an awaitable or an asynchronous generator comes to."""
+    while inspect.isawaitable(result):
+        result = await result
+    if not inspect.isasyncgen(result):
+        return result
+    items = []
+    async with contextlib.aclosing(result):
+        async for item in result:
+            items.append(item)
+            if len(items) >= _MAX_YIELDED:
+                break
+    return items
+
+
+def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine to its end, also from a notebook, where this thread has an event loop that runs already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return _run_here(coroutine)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(_run_here, coroutine).result()
+
+
+def _run_here(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    try:
+        return asyncio.run(coroutine)
+    except asyncio.CancelledError as error:  # which is no Exception: nobody would hear of it
+        raise RuntimeError("it was cancelled") from error
 
 
 def tool(function: Callable[..., Any]) -> Tool:
     """Return a function as a tool: its name, its docstring, and its parameters with their type hints.
 
+    It may be asynchronous, and it may be a generator, of either kind.
+
     Raises:
         InputError: A parameter has no type hint, or one that JSON cannot express.
     """
+    # partial functions and callable objects have no name of their own
+    named = function.func if isinstance(function, functools.partial) else function
+    title = getattr(named, "__name__", type(named).__name__)
+    try:
+        parameters = inspect.signature(function, eval_str=True).parameters
+    except Exception as error:
+        # a type hint is a program: its mistakes are of every kind
+        raise InputError(f"tool {title}: its parameters cannot be read: {error}") from None
     fields: dict[str, Any] = {}
-    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+    for name, parameter in parameters.items():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise InputError(f"tool {function.__name__}: {name!r} must be an ordinary parameter")
+            raise InputError(f"tool {title}: {name!r} must be an ordinary parameter")
         if parameter.annotation is parameter.empty:
-            raise InputError(f"tool {function.__name__}: parameter {name!r} needs a type hint")
+            raise InputError(f"tool {title}: parameter {name!r} needs a type hint")
         fields[name] = (parameter.annotation, ... if parameter.default is parameter.empty else parameter.default)
     try:
-        arguments = create_model(function.__name__, **fields)
+        arguments = create_model(title, **fields)
         schema = TypeAdapter(arguments).json_schema(schema_generator=_Plain)
     except Exception as error:
         # pydantic's complaints about types are of several kinds
-        raise InputError(f"tool {function.__name__}: its parameters cannot be described in JSON: {error}") from None
+        raise InputError(f"tool {title}: its parameters cannot be described in JSON: {error}") from None
 
     def call(**values: Any) -> Any:
         checked = arguments.model_validate(values)
         return function(**{name: getattr(checked, name) for name in fields})
 
-    return Tool(function.__name__, " ".join((inspect.getdoc(function) or "").split()), schema, call)
+    return Tool(title, " ".join((inspect.getdoc(named) or "").split()), schema, call)
 
 
 class _Plain(GenerateJsonSchema):

@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 
 from pyps.adapters.format import LAYOUTS
-from pyps.cli.common import Interrupt, Weights, import_extra, progress_bar
+from pyps.cli.common import Interrupt, Weights, import_extra, progress_bar, visible
 from pyps.engine.find import DEFAULT_MODEL, find_model
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def convert(
     else:
         notes = conversion.to_gguf(sources, output, path, layout=layout, in_order=in_order, type=kind, weights=weights)
     for note in notes:
-        click.echo(f"pyps: {note}", err=True)
-    click.echo(output)
+        click.echo(visible(f"pyps: {note}"), err=True)
+    click.echo(visible(str(output)))
 
 
 @click.group()
@@ -85,7 +85,7 @@ def data() -> None:
 def _write(out: Path, examples: "Iterable[Example]") -> None:
     from pyps.data.example import write_examples
 
-    click.echo(f"{out}: {write_examples(out, examples):,} examples")
+    click.echo(visible(f"{out}: {write_examples(out, examples):,} examples"))
 
 
 _out = click.argument("out", type=click.Path(path_type=Path))
@@ -203,8 +203,8 @@ def train(config: Path) -> None:
     """
     training = import_extra("pyps.train.trainer", "train")
     read_config = import_extra("pyps.train.config", "train").read_config
-    trainer = training.Trainer(read_config(config), report=lambda line: click.echo(line, err=True))
+    trainer = training.Trainer(read_config(config), report=lambda line: click.echo(visible(line), err=True))
     with Interrupt() as interrupt:
         trainer.run(interrupt.requested)
     interrupt.exit_if_requested(f"stopped after step {trainer.step}; the same command goes on from there")
-    click.echo(trainer.config.output / training.ADAPTER)
+    click.echo(visible(str(trainer.config.output / training.ADAPTER)))

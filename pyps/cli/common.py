@@ -1,19 +1,22 @@
-"""What several commands share: exit codes, options and their types, Ctrl-C, progress, and how a measurement ends."""
+"""What several commands share: exit codes, options and their types, foreign text, Ctrl-C, progress, and endings."""
 
 import contextlib
 import errno
 import importlib
 import json
+import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 import rich.progress
 from rich.console import Console
+from rich.text import Text
 
 from pyps.adapters.format import LAYOUTS
 from pyps.engine.context import KV_TYPES
@@ -26,20 +29,64 @@ if TYPE_CHECKING:
     from pyps.measure.reports import BenchReport, EvaluationReport
 
 
+_MAX_LINE = 1 << 16  # characters: more than any chat has room for
+
+# A terminal obeys control characters (C0, DEL and C1), and bidirectional controls make a line look like another one.
+# Halves of surrogate pairs cannot be written at all. A carriage return before a line break does nothing.
+_CONTROLS = re.compile(
+    "\r(?=\n)|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]"
+)
+
+
+def visible(text: str) -> str:
+    r"""Return a text with its control characters as escapes (\x1b, \u202e), so that a terminal shows them.
+
+    All text that is not pyps's own goes through here on its way to a terminal, and to messages and tables anywhere:
+    what models, tools and files say, names, and what errors quote. What a pipe gets of a run is left as it is, since
+    programs read it, and so is JSON.
+    """
+    return _CONTROLS.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    character = match[0]
+    if character == "\r" and match.string[match.end() : match.end() + 1] == "\n":
+        return ""
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def literal(text: str, style: str = "") -> Text:
+    """Return a text for rich to print as it is: visible, and without markup, emoji codes and highlights."""
+    return Text(visible(text), style)
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Return whether a standard stream is a terminal; one that is closed, which is None, is not."""
+    return stream is not None and stream.isatty()
+
+
 class Group(click.Group):
     """A group whose commands end with one line on stderr and an exit code when something goes wrong.
 
-    A mistake in the request ends with 2, a failure of the machine or of llama.cpp with 1, Ctrl-C with 130.
+    A mistake in the request ends with 2, a failure of the machine or of llama.cpp with 1, Ctrl-C with 130, SIGTERM with
+    143 and SIGHUP with 129.
     """
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the chosen command."""
         try:
-            return super().invoke(ctx)
+            with _signals_as_ctrl_c():
+                return super().invoke(ctx)
+        except click.UsageError as error:
+            message = error.format_message()
+            if visible(message) == message:
+                raise
+            raise click.UsageError(visible(message), error.ctx) from None
         except PypsError as error:
             _fail(ctx, str(error), error.exit_code)
         except KeyboardInterrupt:
-            _fail(ctx, "interrupted", 130)
+            _fail(ctx, "terminated" if _ended_by else "interrupted", _exit_code())
         except MemoryError:
             _fail(ctx, "there is not enough memory", 1)
         except OSError as error:
@@ -50,8 +97,44 @@ class Group(click.Group):
 
 
 def _fail(ctx: click.Context, message: str, exit_code: int) -> None:
-    click.echo(f"pyps: {message}", err=True)
+    click.echo(visible(f"pyps: {message}"), err=True)
     ctx.exit(exit_code)
+
+
+_ended_by: list[int] = []  # signals that came instead of Ctrl-C
+
+
+@contextlib.contextmanager
+def _signals_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM (kill, docker stop) and SIGHUP (a terminal that is gone) do what Ctrl-C does while the block runs.
+
+    So temporary models and half files are removed, servers are stopped, and a training run saves where it is. What is
+    ignored stays ignored, as nohup wants it.
+    """
+    _ended_by.clear()
+    numbers = []
+    if threading.current_thread() is threading.main_thread():
+        numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, _as_ctrl_c)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
+    _ended_by.append(number)
+    # who handles Ctrl-C at the moment knows how: an exception would be lost while llama.cpp calls back, for instance
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):  # shells start what runs in the background with Ctrl-C ignored
+        raise KeyboardInterrupt
+    handler(signal.SIGINT, frame)
+
+
+def _exit_code() -> int:
+    return 128 + _ended_by[0] if _ended_by else 128 + signal.SIGINT
 
 
 class Numbers(click.ParamType):  # type: ignore[type-arg]  # older versions of click have no arguments there
@@ -180,10 +263,13 @@ plot_option = click.option(
 
 
 class Interrupt:
-    """Ctrl-C during a job: the first one asks the job to end with what there is; a second one ends it at once."""
+    """Ctrl-C during a job: the first one asks the job to end with what there is; a second one ends it at once.
+
+    SIGTERM and SIGHUP do the same.
+    """
 
     def __init__(self) -> None:
-        self._requested = False
+        self._requested = bool(_ended_by)  # one that came too early, while llama.cpp called back, has been lost
         self._handler_before = signal.getsignal(signal.SIGINT)
 
     def __enter__(self) -> "Interrupt":
@@ -198,17 +284,26 @@ class Interrupt:
         return self._requested
 
     def exit_if_requested(self, message: str = "") -> None:
-        """End the program with 130 if Ctrl-C was pressed, after a message if there is one."""
-        if self._requested:
+        """End the program with 130 if Ctrl-C was pressed (143 after SIGTERM), after a message if there is one."""
+        if self._requested or _ended_by:
             if message:
                 click.echo(f"pyps: {message}", err=True)
-            sys.exit(130)
+            sys.exit(_exit_code())
 
     def read_line(self, prompt: str) -> str | None:
-        """Read a line from standard input; None at its end, or at Ctrl-C."""
+        """Read a line from standard input; None at its end, at Ctrl-C, or where it is closed.
+
+        Args:
+            prompt: What a terminal shows before the line.
+
+        Raises:
+            InputError: The line is too long. All of it has been read.
+        """
+        if sys.stdin is None:
+            return None
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a handler that returns would not end input()
         try:
-            return input(prompt)
+            return input(prompt) if sys.stdin.isatty() else _read_bounded(sys.stdin)
         except (EOFError, KeyboardInterrupt):
             return None
         finally:
@@ -220,6 +315,24 @@ class Interrupt:
         self._requested = True
 
 
+def _read_bounded(stream: TextIO) -> str:
+    """Return a line without its line break.
+
+    Raises:
+        EOFError: There are no more lines.
+        InputError: The line is too long. All of it has been read.
+    """
+    line = part = stream.readline(_MAX_LINE + 1)
+    if not line:
+        raise EOFError
+    while part and not part.endswith("\n"):
+        part = stream.readline(_MAX_LINE)
+    line = line.removesuffix("\n")
+    if len(line) > _MAX_LINE:
+        raise InputError(f"this line has more than {_MAX_LINE:,} characters: it is left out")
+    return line
+
+
 @contextlib.contextmanager
 def progress_bar(console: Console) -> Iterator[Progress]:
     """Yield a Progress function that draws a bar on a terminal, and writes each text once elsewhere."""
@@ -229,13 +342,13 @@ def progress_bar(console: Console) -> Iterator[Progress]:
         def write(what: str, _fraction: float | None) -> None:
             if what not in written:
                 written.add(what)
-                console.print(what, highlight=False, soft_wrap=True)
+                console.print(literal(what), soft_wrap=True)
 
         yield write
         return
     columns = (
         rich.progress.SpinnerColumn(),
-        rich.progress.TextColumn("{task.description}"),
+        rich.progress.TextColumn("{task.description}", markup=False),
         rich.progress.BarColumn(),
         rich.progress.TaskProgressColumn(),
         rich.progress.TimeElapsedColumn(),
@@ -244,7 +357,7 @@ def progress_bar(console: Console) -> Iterator[Progress]:
         task = bar.add_task("", total=None, visible=False)
 
         def update(what: str, fraction: float | None) -> None:
-            bar.update(task, description=what, visible=True, total=1 if fraction is not None else None)
+            bar.update(task, description=visible(what), visible=True, total=1 if fraction is not None else None)
             if fraction is not None:
                 bar.update(task, completed=fraction)
 
@@ -276,12 +389,16 @@ def check_plot(plot: Path | None) -> None:
 def show_warnings(fj: ForkJoin) -> None:
     """Write what does not fit between the adapter and the model to stderr."""
     for warning in fj.adapter.warnings if fj.adapter else []:
-        click.echo(f"pyps: warning: {warning}", err=True)
+        click.echo(visible(f"pyps: warning: {warning}"), err=True)
 
 
 def print_json(value: object) -> None:
     """Print an object as people and programs can read it."""
-    click.echo(json.dumps(value, ensure_ascii=False, indent=2))
+    text = json.dumps(value, ensure_ascii=False, indent=2)
+    if is_terminal(sys.stdout):
+        # the same object: JSON escapes C0, and these are its escapes of the others
+        text = _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    click.echo(text)
 
 
 R = TypeVar("R", "BenchReport", "EvaluationReport")
@@ -296,7 +413,7 @@ def finish(
     interrupt: Interrupt,
     progress: str,
 ) -> None:
-    """End a measurement: draw it, print it, and exit with 130 after Ctrl-C.
+    """End a measurement: draw it, print it, and exit as Interrupt says after Ctrl-C.
 
     Args:
         report: What was measured.

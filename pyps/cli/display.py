@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pyps.agents.tools import ToolCall
+from pyps.cli.common import literal, visible
 from pyps.forkjoin.branches import BranchResult
 from pyps.forkjoin.events import AnswerToken, BranchDone, BranchToken, Done, Event, Result, ToolCalled
 
@@ -73,10 +74,14 @@ def _remark(branch: BranchResult) -> str:
 
 
 class PlainDisplay:
-    """Plain text without control codes. Branches appear whole, in order, when the last one is done."""
+    """Plain text. Branches appear whole, in order, when the last one is done.
+
+    A file and a pipe get what was generated as it is; a terminal that cannot draw panels gets it visible.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._shows = visible if console.file.isatty() else str
         self._branches: dict[int, BranchResult] = {}
         self._mode: str | None = None
 
@@ -119,7 +124,7 @@ class PlainDisplay:
             self._write(f"{title} ({_remark(branch)})\n{_calls_and_text(branch)}\n\n")
 
     def _write(self, text: str) -> None:
-        self._console.file.write(text)
+        self._console.file.write(self._shows(text))
         self._console.file.flush()
 
 
@@ -153,16 +158,16 @@ class LiveDisplay:
         return grid
 
     def _panel(self, i: int, width: int, height: int | None) -> Panel:
-        text = Text(self._texts[i].strip())
+        text = literal(self._texts[i].strip())
         if height is not None:
             lines = text.wrap(self._console, width - 4)
             text = Text("\n").join(list(lines)[-(height - 2) :])
         result = self._results.get(i)
         return Panel(
             text,
-            title=Text(self._titles[i]),
+            title=literal(self._titles[i]),
             title_align="left",
-            subtitle=Text(_remark(result)) if result else None,
+            subtitle=literal(_remark(result)) if result else None,
             subtitle_align="right",
             border_style="green" if result else "dim",
         )
@@ -187,7 +192,7 @@ class LiveDisplay:
             self._stream("\n\n")
             if event.result.interrupted:
                 self._console.print(Text("interrupted: this is what there is", style="yellow"))
-            self._console.print(Text(summary(event.result), style="bold"))
+            self._console.print(literal(summary(event.result), "bold"))
 
     def _begin_answer(self, mode: str) -> None:
         """Write, before an answer begins, which one it is, and the branches if they have not been written."""
@@ -201,7 +206,7 @@ class LiveDisplay:
 
     def _stream(self, text: str) -> None:
         """Print text as it comes, whole words to a line: a word is held back until its end is known."""
-        *complete, self._word = re.split(r"(\s)", self._word + text)
+        *complete, self._word = re.split(r"(\s)", self._word + visible(text))
         for part in complete:
             width = cell_len(part)
             if part != "\n" and self._column + width > self._console.width:

@@ -14,9 +14,11 @@ from pyps.cli.common import Group
 @click.version_option(pyps.__version__, prog_name="pyps")
 def main() -> None:
     """Fork-join on llama.cpp: branches run in parallel, and one answer comes straight from their KV caches."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # arguments and models can hold what is no Unicode (half a surrogate pair): better shown as ? than not at all
-        sys.stdout.reconfigure(errors="replace")
+    # arguments and models can hold what is no Unicode (half a surrogate pair): better shown as ? than not at all; and
+    # standard input has whatever is pasted or piped
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 for command in (

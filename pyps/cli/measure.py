@@ -24,6 +24,7 @@ from pyps.cli.common import (
     read_option,
     show_warnings,
     threads_option,
+    visible,
 )
 from pyps.cli.tables import show_bench, show_evaluation
 from pyps.engine.find import DEFAULT_MODEL, find_model
@@ -274,4 +275,4 @@ def doctor(model: str | None, as_json: bool) -> None:
     """
     with progress_bar(Console(stderr=True)) as progress:
         report = examine(find_model(model, progress) if model else None, progress)
-    click.echo(report.to_json() if as_json else report.to_text())
+    click.echo(report.to_json() if as_json else visible(report.to_text()))

@@ -19,15 +19,18 @@ from pyps.cli.common import (
     Interrupt,
     NameValue,
     adapter_option,
+    is_terminal,
     json_option,
     kv_type_option,
     layout_option,
+    literal,
     model_option,
     print_json,
     progress_bar,
     read_option,
     show_warnings,
     threads_option,
+    visible,
 )
 from pyps.cli.display import Display, LiveDisplay, PlainDisplay
 from pyps.cli.tables import show_slots
@@ -52,6 +55,7 @@ from pyps.workflow import (
 
 _DEFAULTS = Sampling()
 _CHAT_ROOM = 2048  # tokens
+_MAX_TASK = 1 << 24  # characters
 
 _SAMPLING_OPTIONS = (
     click.option(
@@ -276,7 +280,7 @@ def run(
         if save and not branches:
             raise InputError("--save keeps the branches that are generated: give some with --branch or --branches")
         slot_files = [read_slots(path) for path in files]
-    if chats and (as_json or task == "-" or str(file) == "-"):
+    if chats and (as_json or task == "-" or str(file) == "-" or (task is None and file is None)):
         raise click.UsageError("--chat reads what you say from standard input: not with --json, or a task from there")
     answer = replace(sampling, max_tokens=sampling.max_tokens if answer_tokens is None else answer_tokens, stop=())
 
@@ -334,7 +338,7 @@ def run(
         else:
             result = _show(events, prompts, as_json, notes)
             if save and result:
-                notes.print(f"the branches are kept in {save} ({save.stat().st_size / 1e6:.1f} MB)", highlight=False)
+                notes.print(literal(f"the branches are kept in {save} ({save.stat().st_size / 1e6:.1f} MB)"))
             if chats and result and result.kept:
                 _talk(Chat(fj, result.kept), answer, interrupt, notes)
     interrupt.exit_if_requested()
@@ -354,7 +358,7 @@ def new(name: str, file: Path | None) -> None:
     check_writable(target, "workflow file")
     with whole(target) as partial:
         shutil.copyfile(shipped[name], partial)
-    click.echo(f"{target}: try pyps run {target}")
+    click.echo(visible(f"{target}: try pyps run {target}"))
 
 
 @click.command()
@@ -384,12 +388,20 @@ def _read_task(task: str | None, file: Path | None) -> str:
         return task
     try:
         if file is not None and str(file) != "-":
-            return file.read_text(encoding="utf-8")
-        text = "" if task is None and file is None and sys.stdin.isatty() else sys.stdin.read()
+            with file.open(encoding="utf-8") as opened:
+                return _bounded(opened.read(_MAX_TASK + 1))
+        nobody = sys.stdin is None or (task is None and file is None and sys.stdin.isatty())
+        text = "" if nobody else _bounded(sys.stdin.read(_MAX_TASK + 1))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the task cannot be read: {error}") from None
     if not text:
         raise click.UsageError("give a task: as an argument, with --file, or on standard input")
+    return text
+
+
+def _bounded(text: str) -> str:
+    if len(text) > _MAX_TASK:
+        raise InputError(f"the task has more than {_MAX_TASK:,} characters: no model reads as much")
     return text
 
 
@@ -437,7 +449,7 @@ def _show_workflow(workflow: Workflow, steps: Iterator[StepEvent], as_json: bool
     results: dict[str, Result] = {}
     for name, group in groupby(steps, lambda step_event: step_event.step):
         first = next(group)
-        notes.print(f"step {first.index + 1} of {first.n}: {name}", highlight=False, style="bold")
+        notes.print(literal(f"step {first.index + 1} of {first.n}: {name}", "bold"))
         events = (_noted(step_event, results) for step_event in chain([first], group))
         if as_json:
             for _ in events:
@@ -456,11 +468,18 @@ def _noted(step_event: StepEvent, results: dict[str, Result]) -> Event:
 
 
 def _talk(chat: Chat, sampling: Sampling, interrupt: Interrupt, notes: Console) -> None:
-    """Answer line by line, until there are no more, or no room."""
-    if sys.stdin.isatty():
+    """Answer line by line, until there are no more; a line that cannot be answered is left out."""
+    if is_terminal(sys.stdin):
         notes.print("go on; Ctrl-D ends the chat", style="dim", highlight=False)
-    while not interrupt.requested() and (line := interrupt.read_line("> " if sys.stdin.isatty() else "")) is not None:
-        if line.strip():
-            for text in chat.say(line, sampling, interrupt.requested):
-                click.echo(text, nl=False)
-            click.echo("\n")
+    shows = visible if is_terminal(sys.stdout) else str
+    while not interrupt.requested():
+        try:
+            line = interrupt.read_line("> ")
+            if line is None:
+                return
+            if line.strip():
+                for text in chat.say(line, sampling, interrupt.requested):
+                    click.echo(shows(str(text)), nl=False)
+                click.echo("\n")
+        except InputError as error:
+            click.echo(visible(f"pyps: {error}"), err=True)

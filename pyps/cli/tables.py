@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from pyps.cli.common import literal
 from pyps.cli.display import one_line
 from pyps.forkjoin.slots import Slots
 
@@ -16,11 +16,10 @@ if TYPE_CHECKING:
 
 def show_slots(console: Console, slots: Slots) -> None:
     """Print what a file of branches is, and the beginning of each branch."""
-    console.print(
+    _print(
+        console,
         f"{len(slots.branches)} branches of {slots.model} ({slots.arch}); {len(slots.tokens):,} cells of "
         f"{len(slots.layers)} layers, {slots.kv_type}, {slots.n_bytes / 1e6:,.1f} MB",
-        highlight=False,
-        soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False)
     table.add_column("tokens", justify="right", no_wrap=True)
@@ -28,8 +27,7 @@ def show_slots(console: Console, slots: Slots) -> None:
     table.add_column("instruction", no_wrap=True, overflow="ellipsis", max_width=24)
     table.add_column("text", no_wrap=True, overflow="ellipsis", max_width=max(console.width - 64, 16))
     for branch in slots.branches:
-        # Text, since a plain string's brackets would be markup
-        texts = (Text(one_line(text)) for text in (branch.name, branch.prompt, branch.text))
+        texts = (literal(one_line(text)) for text in (branch.name, branch.prompt, branch.text))
         table.add_row(f"{branch.tokens:,}", *texts)
     console.print(table)
 
@@ -48,7 +46,7 @@ def show_evaluation(console: Console, report: "EvaluationReport") -> None:
             low, high = mode.difference_95
             more, more_interval = f"{mode.difference:+.1%}", f"{low:+.0%} to {high:+.0%}"
         measures = (f"{mode.kl:.3f}", f"{mode.kl_first:.3f}", f"{mode.agreement:.0%}", f"{mode.again:.0%}")
-        table.add_row(name, right, interval, more, more_interval, *measures, f"{mode.ttft_ms:.0f}")
+        table.add_row(literal(name), right, interval, more, more_interval, *measures, f"{mode.ttft_ms:.0f}")
     adapter = f", adapter {report.adapter}" if report.adapter else ""
     _print(console, f"{report.model}{adapter}, {report.layout} layout, {report.examples} examples")
     _print(console, f"read again: {report.reading}")
@@ -61,10 +59,10 @@ def _show_families(console: Console, modes: "dict[str, ModeScores]", field: str,
     table = Table(box=None, pad_edge=False)
     table.add_column(f"\n{title}", no_wrap=True)
     for family in modes["text"].families:
-        table.add_column(f"\n{family}", justify="right", no_wrap=True)
+        table.add_column(literal(f"\n{family}"), justify="right", no_wrap=True)
     for name, mode in modes.items():
         values = [getattr(scores, field) for scores in mode.families.values()]
-        table.add_row(name, *("" if value is None else form.format(value) for value in values))
+        table.add_row(literal(name), *("" if value is None else form.format(value) for value in values))
     console.print(table)
 
 
@@ -196,7 +194,7 @@ def _with_spread(ratio: "Median") -> str:
 
 def _print(console: Console, *lines: str) -> None:
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(literal(line), soft_wrap=True)
 
 
 def _ms(value: float) -> str:

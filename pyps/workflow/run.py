@@ -3,7 +3,10 @@
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -116,12 +119,13 @@ class _Tools:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._servers: dict[tuple[str, ...], McpServer] = {}
+        self._servers: dict[tuple[tuple[str, ...], tuple[tuple[str, str], ...]], McpServer] = {}
 
     def create(self, specs: Sequence[ToolSpec], render: Callable[..., str]) -> tuple[Tool, ...]:
         tools = tuple(tool for spec in specs for tool in self._of_kind(spec, render))
-        if len({tool.name for tool in tools}) < len(tools):
-            raise InputError("tools: two of them have one name")
+        for name, times in Counter(tool.name for tool in tools).items():
+            if times > 1:
+                raise InputError(f"tools: {times} of them are called {name}")
         return tools
 
     def _of_kind(self, spec: ToolSpec, render: Callable[..., str]) -> Sequence[Tool]:
@@ -130,15 +134,27 @@ class _Tools:
         if spec.sql is not None:
             return sql_tools(self.folder / Path(render(spec.sql)).expanduser())
         if spec.mcp is not None:
-            command = tuple(map(render, spec.mcp))
-            if command not in self._servers:
-                self._servers[command] = McpServer(command, self.folder)
-            return self._servers[command].tools
+            command, env = tuple(map(render, spec.mcp)), _environment(spec.env)
+            key = command, tuple(sorted(env.items()))
+            if key not in self._servers:
+                self._servers[key] = McpServer(command, self.folder, env)
+            return self._servers[key].tools
         return [calculator]
 
     def close(self) -> None:
         for server in self._servers.values():
             server.close()
+
+
+def _environment(env: Mapping[str, str]) -> dict[str, str]:
+    """Return variables with the user's own in place of ${NAME}. They are no templates: answers cannot get there."""
+
+    def own(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise InputError(f"env: your environment has no variable {match[1]}: export it, or write the value itself")
+        return os.environ[match[1]]
+
+    return {name: re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", own, value) for name, value in env.items()}
 
 
 def _answer_sampling(step: Step, sampling: Sampling) -> Sampling:
