@@ -120,7 +120,7 @@ def test_k_shift_and_join_agree(tiny: Model) -> None:
 
 def test_rows(tiny_path: Path, tmp_path: Path) -> None:
     picture = tmp_path / "b.png"
-    done = pyps("bench", "--model", str(tiny_path), *SMALL, "--json", "--plot", str(picture))
+    done = pyps("bench", "--model", str(tiny_path), *SMALL, "--read", "0", "--json", "--plot", str(picture))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     rows = found["rows"]

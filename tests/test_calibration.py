@@ -78,10 +78,6 @@ def put(model: Model, kept_before: Calibration) -> Path:
     return path
 
 
-def fault(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(reason=f"FAULT: {reason}", strict=True)
-
-
 class Measurement:
     """Takes the place of `measure`, which takes seconds."""
 
@@ -174,7 +170,6 @@ def test_arrays_that_are_pickles_are_not_opened(small: Model, measured: Measurem
     assert not (tmp_path / "run").exists()
 
 
-@fault("NotImplementedError and RuntimeError of zipfile; and a layer whose name is damaged is left out")
 def test_any_flipped_bit(small: Model, measured: Measurement, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a disk does to a file: it is still what it was, or measured again."""
     original = replace(a_calibration(small), points=())
@@ -279,28 +274,14 @@ DAMAGES: dict[str, Change] = {
     "V has no channels": reshaped("0.v", lambda v: v[:, :0].copy()),
     "K has the channels of two layers": reshaped("0.k", lambda k: np.tile(k, 2)),
 }
-FAULTS = {
-    "endless jobs": "OverflowError",
-    "no share": "0 is believed",
-    "no labels": "false is believed",
-    "labels that are a text": "it is believed",
-    "no layer": "it is believed",
-    "no K": "it is believed, without a layer",
-    **dict.fromkeys([name for name in DAMAGES if name.startswith("a share")], "it is believed"),
-    **dict.fromkeys([name for name in DAMAGES if "channels" in name], "it is believed"),
-    "a layer too many": "it is believed",
-}
 
 
 @pytest.mark.parametrize(
     "change",
-    [
-        pytest.param(change, id=name, marks=[fault(FAULTS[name])] if name in FAULTS else [])
-        for name, change in DAMAGES.items()
-    ],
+    [pytest.param(change, id=name) for name, change in DAMAGES.items()],
 )
 def test_files_that_say_something_else(small: Model, measured: Measurement, change: Change, tmp_path: Path) -> None:
-    """Well-formed, with the right checksums, and not what is written for this model."""
+    """Well-formed, with the checksums of a ZIP file, and not what is written for this model."""
     with np.load(put(small, a_calibration(small))) as file:
         arrays = dict(file)
     values = json.loads(arrays.pop("values").tobytes())
@@ -310,11 +291,19 @@ def test_files_that_say_something_else(small: Model, measured: Measurement, chan
     checked(small, measured, path.read_bytes())
 
 
+def test_a_whole_file_of_another_version(small: Model, measured: Measurement, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = put(small, a_calibration(small))
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "VERSION", calibration.VERSION + 1)
+        calibration.write(path, a_calibration(small))
+    checked(small, measured, path.read_bytes())
+
+
 @pytest.mark.parametrize(
     "values",
     [
         *(b"", b"null", b"3", b"[]", b"{", b"\xff\xfe", b'{"version": 1e999}', b'{"version": NaN}'),
-        pytest.param(b"[" * 100_000, marks=fault("RecursionError")),
+        b"[" * 100_000,
     ],
     ids=["nothing", "null", "a number", "a list", "cut off", "no text", "endless", "nan", "nested"],
 )
@@ -418,7 +407,6 @@ def test_no_patience(small: Model, cache: Path, patience: float) -> None:
     assert not small.contexts
 
 
-@fault("only the first job's time is looked at, and that is one of the fast half")
 def test_patience_ends(small: Model, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the jobs after the first one take longer: other programs may have started meanwhile."""
     seconds = [0.0]

@@ -1,5 +1,6 @@
 """The command line, as a subprocess: what people and programs see, and how mistakes end."""
 
+import contextlib
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -153,6 +155,12 @@ def test_on_a_terminal() -> None:
     assert re.search(r"joined \d+ tokens in", screen)
 
 
+def _default_signals() -> None:
+    # a shell that runs the tests in the background has Ctrl-C ignored, and nohup SIGHUP, and so would their children
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(*arguments: str, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*PYPS, *arguments],
@@ -160,8 +168,7 @@ def start(*arguments: str, **env: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **env},
-        # a shell that runs the tests in the background has Ctrl-C ignored, and so would its children
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=_default_signals,
     )
 
 
@@ -326,13 +333,19 @@ def test_sigterm_while_the_model_is_prepared(tmp_path: Path) -> None:
 
 def test_sigterm_while_a_chat_waits(tiny_path: Path) -> None:
     command = [*PYPS, "run", "Talk.", "-b", "a", *TINY_RUN, "-m", str(tiny_path), "--chat"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=_default_signals
+    )
+    try:
         assert process.stdout
         while " s in all" not in process.stdout.readline():
             pass
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 143
+    finally:
+        process.kill()
+        process.communicate()
 
 
 WORK = """
@@ -345,23 +358,55 @@ from pyps.files import whole
 @click.command()
 def work():
     with tempfile.TemporaryDirectory(dir=".") as folder, whole(Path("saved.pyps")) as partial:
-        child = subprocess.Popen(["sleep", "100"])
+        child = subprocess.Popen(["sleep", "100"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            Path("pid").write_text(str(child.pid))
-            print("ready", flush=True)
             INNER
         finally:
             child.kill()
 
 Group("pyps", commands=[work])(["work"])
 """
-WAIT = "time.sleep(100)"
+WAIT = """
+            print("ready", flush=True)
+            time.sleep(100)"""
 POLL = """
             with Interrupt() as interrupt:
+                print("ready", flush=True)
                 while not interrupt.requested():
                     time.sleep(0.01)
             interrupt.exit_if_requested()"""
-DEAF = POLL.replace("while not interrupt.requested():", "while True:")  # a second signal ends it
+DEAF = """
+            with Interrupt() as interrupt:
+                print("ready", flush=True)
+                while not interrupt.requested():
+                    time.sleep(0.01)
+                print("goes on", flush=True)
+                time.sleep(100)"""
+
+
+@contextlib.contextmanager
+def working(inner: str, folder: Path, **handlers: signal.Handlers) -> Iterator[subprocess.Popen[str]]:
+    """Run WORK until it is ready, with all signals as a terminal's shell leaves them, but for some."""
+
+    def prepare() -> None:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            signal.signal(signal.Signals[name], handlers.get(name, signal.SIG_DFL))
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORK.replace("INNER", inner)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=prepare,
+    )
+    try:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.parametrize("inner", [WAIT, POLL, DEAF], ids=["waits", "asks", "does not ask"])
@@ -372,54 +417,41 @@ DEAF = POLL.replace("while not interrupt.requested():", "while True:")  # a seco
 def test_signals_clean_up(tmp_path: Path, inner: str, number: signal.Signals, exit_code: int, ignored: bool) -> None:
     """Temporary folders, half files and children are gone as after Ctrl-C, also where that is ignored."""
 
-    def prepare() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL)
-
-    process = subprocess.Popen(
-        [sys.executable, "-c", WORK.replace("INNER", inner)],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=prepare,
-    )
-    assert process.stdout
-    assert process.stdout.readline() == "ready\n"
-    time.sleep(0.2)
-    process.send_signal(number)
-    if inner is DEAF:
-        time.sleep(0.5)
+    ctrl_c = signal.SIG_IGN if ignored else signal.SIG_DFL
+    with working(inner, tmp_path, SIGINT=ctrl_c) as process:
         process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+        if inner is DEAF:
+            assert process.stdout
+            assert process.stdout.readline() == "goes on\n"
+            process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == exit_code, errors
     assert "Traceback" not in errors
-    assert [path.name for path in tmp_path.iterdir()] == ["pid"]
+    assert not list(tmp_path.iterdir())
 
 
-def test_signals_that_are_ignored_stay_ignored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM"])
+def test_signals_that_are_ignored_stay_ignored(tmp_path: Path, name: str) -> None:
     """A run under nohup does not end with its terminal."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", WORK.replace("INNER", "time.sleep(1)")],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
-    )
-    assert process.stdout
-    process.stdout.readline()
-    process.send_signal(signal.SIGHUP)
-    process.communicate(timeout=30)
+    with working(WAIT.replace("100", "1"), tmp_path, **{name: signal.SIG_IGN}) as process:
+        process.send_signal(signal.Signals[name])
+        process.communicate(timeout=60)
     assert process.returncode == 0
 
 
 def test_handlers_of_a_program_come_back() -> None:
     """A program that calls a command has its own signals afterwards."""
-    before = [signal.getsignal(number) for number, _ in SIGNALS]
-    during: list[object] = []
-    look = click.Command("look", callback=lambda: during.extend(signal.getsignal(number) for number, _ in SIGNALS))
-    CliRunner().invoke(Group("pyps", commands=[look]), ["look"])
-    assert [signal.getsignal(number) for number, _ in SIGNALS] == before
-    assert all(map(callable, during))
+    outer = [signal.signal(number, signal.SIG_DFL) for number, _ in SIGNALS]
+    try:
+        during: list[object] = []
+        look = click.Command("look", callback=lambda: during.extend(signal.getsignal(number) for number, _ in SIGNALS))
+        CliRunner().invoke(Group("pyps", commands=[look]), ["look"])
+        assert [signal.getsignal(number) for number, _ in SIGNALS] == [signal.SIG_DFL] * 2
+        assert len(during) == 2
+        assert all(map(callable, during))
+    finally:
+        for (number, _), handler in zip(SIGNALS, outer, strict=True):
+            signal.signal(number, handler)
 
 
 def test_a_server_is_stopped_by_sigterm(tmp_path: Path, tiny_path: Path) -> None:

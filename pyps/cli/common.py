@@ -186,7 +186,10 @@ class Shares(Numbers):
         """Return the list of shares."""
         if not isinstance(value, str):
             return value
-        return [Share().convert(part, param, ctx) for part in value.split(",") if part.strip()]
+        shares = [Share().convert(part, param, ctx) for part in value.split(",") if part.strip()]
+        if "auto" in shares:
+            self.fail("'auto' is no point of a curve: give numbers between 0 and 1.", param, ctx)
+        return shares
 
 
 class Share(click.ParamType):  # type: ignore[type-arg]  # as above

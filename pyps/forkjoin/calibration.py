@@ -12,10 +12,10 @@ Both are kept on disk for the model and the machine's cache folder, and measured
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import time
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
@@ -42,6 +42,7 @@ VERSION = 1
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.5)  # more is not worth it: text synthesis is as fast
 _ANSWER = 16  # tokens of each answer that is compared
+_DIGEST = 32  # bytes of a SHA-256, at the end of the file
 _FITTED = 8  # jobs that the correction is fitted on: thousands of tokens, for two numbers a channel
 
 
@@ -107,7 +108,7 @@ def calibration_of(
         have taken too long.
     """
     path = path_of(model)
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         if not anew:
             return read(path)
     try:
@@ -133,16 +134,19 @@ def write(path: Path, calibration: Calibration) -> None:
     arrays: dict[str, Any] = {"values": np.frombuffer(json.dumps(values | {"version": VERSION}).encode(), np.uint8)}
     for i, (k, v) in enumerate(calibration.reading.correction):
         arrays |= {f"{i}.k": k, f"{i}.v": v}
-    with whole(path) as partial, partial.open("wb") as file:
-        np.savez(file, **arrays)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    with whole(path) as partial:
+        partial.write_bytes(buffer.getvalue() + _digest(buffer.getvalue()))
 
 
 def read(path: Path) -> Calibration:
-    """Return what `write` has written.
-
-    Raises OSError, ValueError, KeyError, TypeError, EOFError or zipfile.BadZipFile for anything else.
-    """
-    with np.load(path, allow_pickle=False) as file:
+    """Return what `write` has written. Raises OSError, ValueError, KeyError or TypeError for anything else."""
+    data = path.read_bytes()
+    body, digest = data[:-_DIGEST], data[-_DIGEST:]
+    if _digest(body) != digest:  # not every byte of a ZIP file is under a checksum of its own
+        raise ValueError("not a calibration, or damaged")
+    with np.load(io.BytesIO(body), allow_pickle=False) as file:
         values: dict[str, Any] = json.loads(file["values"].tobytes())
         if values["version"] != VERSION:
             raise ValueError("another version")
@@ -156,6 +160,10 @@ def read(path: Path) -> Calibration:
         points=tuple(Point(**point) for point in values["points"]),
         reading=Reading(**values["reading"] | {"correction": tuple(correction)}),
     )
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
 def built_in_jobs(model: Model) -> list[Job]:
@@ -226,10 +234,11 @@ def measure(
     title = f"trying how {model.name} reads joined caches (once for this model)"
 
     def go_on(done: int) -> bool:
-        """Report, and return whether to go on: one step tells how long all of them take."""
+        """Report, and return whether to go on: the first step tells how long all of them take, if nothing happens."""
         report(title, done / steps)
-        late = patience is not None and done == 1 and (time.perf_counter() - began) * steps > 2 * patience
-        return not late and not stopped()
+        elapsed = time.perf_counter() - began
+        expected = elapsed * steps if done == 1 else elapsed
+        return (patience is None or expected <= 2 * patience) and not stopped()
 
     fit = CorrectionFit(model, options.threads)
     with fit:

@@ -16,6 +16,7 @@ from pyps.engine import native
 from pyps.engine.context import Context
 from pyps.engine.join import LayerCorrection, Span, join
 from pyps.engine.model import Model
+from pyps.errors import InputError
 from pyps.forkjoin.comparison import Job
 from pyps.forkjoin.reading import HEAD
 
@@ -87,6 +88,8 @@ class CorrectionFit:
         """Return empty contexts that are large enough: for branches, for the text, and for cells at position 0."""
         cells = len(job.prefix) + job.n_output + sum(map(len, job.labels))
         cells = max(cells, max(len(job.prefix) + len(prompt) + len(output) for prompt, output in job.branches))
+        if cells > self._model.n_ctx_train:
+            raise InputError(f"a job needs {cells:,} positions; {self._model.name} has {self._model.n_ctx_train:,}")
         if (
             not self._contexts
             or self._contexts["text"].n_ctx < cells

@@ -27,8 +27,10 @@ HEAD = 4  # tokens at the beginning of an output
 _AROUND = 4  # tokens on either side of a word
 _FIRST = 1e3  # a score above all words
 
-_WORD = re.compile(rb"[\w\x80-\xff]+")
-_SENTENCE_END = re.compile(rb"(?:[.!?]+(?=\s|$)|\n)\s*")
+# Latin-1's signs, general punctuation, CJK punctuation, and full-width punctuation, in UTF-8
+_SIGN = rb"\xc2[\xa0-\xbf]|\xe2[\x80\x81][\x80-\xbf]|\xe3\x80[\x80-\xbf]|\xef\xbc[\x80-\x8f]"
+_WORD = re.compile(rb"(?:\w|(?!" + _SIGN + rb")[\xc2-\xf4][\x80-\xbf]+)+")
+_SENTENCE_END = re.compile(rb"(?:[.!?]+(?=\s|$)|\xe3\x80\x82|\n)\s*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +118,8 @@ Chooser = Callable[[Material], Scores]
 
 
 def heads(material: Material) -> Scores:
-    """Score the first tokens of each output, above everything else."""
-    return [_FIRST * (np.arange(len(pieces)) < HEAD) for pieces in material.pieces]
+    """Score the first tokens of each output, above everything else, and the very first ones highest."""
+    return [(_FIRST - (at := np.arange(len(pieces)))) * (at < HEAD) for pieces in material.pieces]
 
 
 def words(material: Material) -> Scores:

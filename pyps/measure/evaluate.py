@@ -65,7 +65,7 @@ def modes_of(adapter: Adapter | None, reading: Reading | None, shares: Sequence[
         ways["read again, rest cut"] = replace(parts, reading=reading, omits=True)
     for share in shares:
         of_share = replace(reading or Reading(), share=share, auto=False)
-        ways[f"{name}, read {share:.0%}"] = replace(parts, reading=of_share)
+        ways[f"{name}, read {100 * share:g}%"] = replace(parts, reading=of_share)
     possible = {n: w for n, w in ways.items() if (has_mapper or not w.mapper) and (has_lora or not w.lora)}
     return [_TEXT, *(EvaluationMode(name=n, way=w) for n, w in possible.items())]
 

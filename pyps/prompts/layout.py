@@ -234,7 +234,8 @@ class _Frame:
 
     def after_notes(self, text: str) -> list[int]:
         """Return the tokens of what the user says after the notes, and of the header of the assistant's turn."""
-        return self._model.tokenize(f"{_BETWEEN}{self._model.as_data(text.strip())}{self._tail}")
+        text = self._model.as_data(text.strip())
+        return self._model.tokenize(f"{_BETWEEN}{text}{self._tail}" if text else self._tail)
 
 
 def _n_common(a: Sequence[object], b: Sequence[object]) -> int:

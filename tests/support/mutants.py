@@ -145,7 +145,7 @@ MUTANTS = [
     Mutant(
         "spans in order all begin at the branch point",
         "pyps/forkjoin/synthesis.py",
-        "[branch_point + sum(lengths[:i]) for i in range(len(lengths))]",
+        "[branch_point + sum(lengths[:i]) + sum(before[: i + 1]) for i in range(len(lengths))]",
         "[branch_point] * len(lengths)",
         ("tests/test_forkjoin.py::test_an_adapter_is_used_by_the_synthesizer_only[True]",),
     ),
@@ -193,9 +193,9 @@ MUTANTS = [
     ),
     Mutant(
         "KL divergence the other way round",
-        "pyps/measure/evaluate.py",
-        "                kl = (np.exp(reference.logs) * (reference.logs - logs)).sum(-1)",
-        "                kl = (np.exp(logs) * (logs - reference.logs)).sum(-1)",
+        "pyps/forkjoin/comparison.py",
+        "(np.exp(reference) * (reference - other)).sum(-1)",
+        "(np.exp(other) * (other - reference)).sum(-1)",
         ("tests/test_evaluate.py::test_measures_are_those_of_pytorch[shared]",),
     ),
     Mutant(
@@ -222,8 +222,8 @@ MUTANTS = [
     Mutant(
         "what is left out of a branch leaves a gap",
         "pyps/forkjoin/synthesis.py",
-        "                    to += end - start",
-        "                    to += end - start + 1",
+        "        n += end - first\n",
+        "        n += end - first + 1\n",
         ("tests/test_agent.py::test_what_is_joined[generated]",),
     ),
     Mutant(
